@@ -1,0 +1,427 @@
+"""How is a trained model kept, so that the file alone rebuilds it and a bad file can do no harm?
+
+`model.safetensors` holds the weights and, in its header, the resolved config as plain JSON. Loading builds only classes
+on an allow-list, never unpickles and checks every tensor; writing is atomic, so a full disk leaves the previous file.
+"""
+
+import errno
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT = "diffusion-model"
+FORMAT_VERSION = 1
+LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+
+# The only callables a checkpoint's config may name; each takes plain numbers, words and other entries of this list.
+BUILDABLE: frozenset[str] = frozenset(
+    {
+        "diffusion.process.GaussianDiffusion",
+        "diffusion.schedule.Schedule",
+        "diffusion.schedule.linear",
+        "diffusion.schedule.scaled_linear",
+        "diffusion.schedule.cosine",
+        "diffusion.schedule.sigmoid",
+        "diffusion.schedule.shifted_cosine",
+        "diffusion.schedule.zero_terminal_snr",
+        "diffusion.models.unet.UNet",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a model file says about itself. `facts` has shape (C, H, W), num_classes, class_names and condition_drop."""
+
+    path: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    weights: str  # "ema" or "raw"
+    step: int
+    ema_decay: float | None
+    package_version: str
+    git_commit: str
+    torch_version: str
+    shapes: dict[str, tuple[int, ...]]  # of every tensor in the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(Header):
+    """A rebuilt model, in eval mode on its device, with everything its file said."""
+
+    net: nn.Module
+    diffusion: Any
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it becomes `path`, on any failure `path` stays what it was.
+
+    Folders are made as needed. A full disk or a folder that cannot be written raises one OSError that names `path`,
+    also where the library that writes reports it as something else.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")  # a fixed name: a killed run leaves at most one behind
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        _remove(partial)
+        if (reason := _write_failure(error)) is None:
+            raise
+        kept = "the file that was there is untouched" if _exists(path) else "nothing was written"
+        raise OSError(reason, f"cannot write {path}: {os.strerror(reason)}; {kept}") from error
+
+
+def _write_failure(error: BaseException) -> int | None:
+    """Return the errno of a failed write, or None where `error` is about something else."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    # torch.save and safetensors write from C++ and Rust, and wrap the operating system's answer in their own types.
+    if isinstance(error, (RuntimeError, SafetensorError)):
+        text = str(error)
+        if numbered := re.search(r"os error (\d+)", text):
+            return int(numbered[1])
+        if "No space left" in text:
+            return errno.ENOSPC
+        if "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text:
+            return errno.ENOSPC  # the zip writer does not say why; a full disk is what stops it half way
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut; Windows offers no such call and needs none."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if _exists(path):
+        path.unlink()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a path under a file, a name too long
+        return False
+
+
+def save_model(
+    path: str | Path,
+    net: nn.Module,
+    config: Mapping[str, Any],
+    *,
+    weights: str,
+    step: int,
+    facts: Mapping[str, Any],
+    ema_decay: float | None = None,
+) -> None:
+    """Write `net` and all that rebuilds it to one safetensors file, atomically.
+
+    `config` is the resolved config as plain data and must have the nodes `net` and `diffusion`; `weights` says which
+    weights `net` holds now ("ema" or "raw"); `facts` are shape (C, H, W), num_classes, class_names, condition_drop.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights={weights!r} says nothing; it must be 'ema' or 'raw', whichever the net holds now")
+    if lacking := {"net", "diffusion"} - set(config):
+        raise ValueError(
+            f"the config lacks {sorted(lacking)}; a checkpoint is rebuilt from its `net` and `diffusion` nodes"
+        )
+    if lacking := {"shape", "num_classes", "class_names", "condition_drop"} - set(facts):
+        raise ValueError(f"facts lack {sorted(lacking)}; sampling cannot know them from the weights")
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": _json("config", config),
+        "facts": _json("facts", dict(facts)),
+        "weights": weights,
+        "step": str(int(step)),
+        "ema_decay": json.dumps(ema_decay),
+        "package_version": package_version(),
+        "git_commit": git_commit(),
+        "torch_version": str(torch.__version__),
+    }
+    with atomic_write(path) as partial:
+        save_file(_plain_tensors(net), partial, metadata=metadata)
+
+
+def _plain_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict as safetensors wants it: row-major, on the CPU, no two names sharing memory."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in net.state_dict().items():
+        plain = tensor.detach().cpu().contiguous()
+        address = plain.untyped_storage().data_ptr()
+        tensors[_clean(key)] = plain.clone() if address in seen else plain
+        seen.add(address)
+    return tensors
+
+
+def _clean(key: str) -> str:
+    """Strip the prefix that torch.compile(net) puts into names (net.compile() does not)."""
+    return key.replace("_orig_mod.", "")
+
+
+def _json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        raise ValueError(
+            f"the {name} must be plain data ({error}); resolve it first: OmegaConf.to_container(cfg, resolve=True)"
+        ) from error
+
+
+def package_version() -> str:
+    """Return the installed version of this package, or "unknown" where it is not installed."""
+    try:
+        return version("diffusion")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
+def git_commit() -> str:
+    """Return the commit of this code, "+dirty" where tracked files were edited, or "unknown" outside its repository."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"  # installed inside somebody else's repository
+        dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + dirty
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what the file says about itself, not its weights. Raises FileNotFoundError or ValueError, each clear."""
+    path = Path(path)
+    raw = _raw_header(path)
+    metadata = raw.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        names = ", ".join(sorted(raw)[:2])
+        raise ValueError(
+            f"{path} is a safetensors file, but not one of ours: its header has no config to rebuild the model from "
+            f"({len(raw)} tensors, such as {names}). Use the model.safetensors that train.py writes"
+        )
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has format {metadata.get('format_version')}, this package reads {FORMAT_VERSION}: update it"
+        )
+    try:
+        header = Header(
+            path=path,
+            config=json.loads(metadata["config"]),
+            facts=json.loads(metadata["facts"]),
+            weights=metadata["weights"],
+            step=int(metadata["step"]),
+            ema_decay=json.loads(metadata["ema_decay"]),
+            package_version=metadata["package_version"],
+            git_commit=metadata["git_commit"],
+            torch_version=metadata["torch_version"],
+            shapes={name: tuple(entry["shape"]) for name, entry in raw.items()},
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the header of {path} is damaged ({error!r}); take another copy of the file") from error
+    if not isinstance(header.config, dict) or not isinstance(header.facts, dict):
+        raise ValueError(
+            f"the header of {path} is damaged (config and facts are no mappings); take another copy of the file"
+        )
+    return header
+
+
+def _raw_header(path: Path) -> dict[str, Any]:
+    """Return the safetensors header as JSON, after checking that the bytes it promises are there."""
+    if path.is_dir():
+        inside = path / "model.safetensors"
+        hint = f"name the file: {inside}" if inside.is_file() else "name the model.safetensors file inside a run folder"
+        raise ValueError(f"{path} is a folder; {hint}")
+    if not _exists(path):
+        raise FileNotFoundError(f"there is no file {path}{_neighbours(path)}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(256)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or start[8:9] != b"{":
+            raise ValueError(f"{path} is not a safetensors file: {_looks_like(start, size)}")
+        if length > LONGEST_HEADER or 8 + length > size:
+            raise ValueError(
+                f"{path} is truncated or damaged: its header claims {length} bytes, the file has {size}; copy it again"
+            )
+        file.seek(8)
+        text = file.read(length)
+    try:
+        raw = json.loads(text)
+        end = max((entry["data_offsets"][1] for name, entry in raw.items() if name != "__metadata__"), default=0)
+        promised = 8 + length + int(end)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"the header of {path} is damaged ({type(error).__name__}); take another copy of the file"
+        ) from error
+    if promised != size:
+        what = "truncated" if promised > size else "longer than its header says"
+        raise ValueError(f"{path} is {what}: it should have {promised} bytes and has {size}; copy it again")
+    return raw
+
+
+def _looks_like(start: bytes, size: int) -> str:
+    if size == 0:
+        return "it is empty; a download or copy did not finish"
+    if start.startswith(b"PK\x03\x04"):
+        return (
+            "it looks like a file of torch.save (a zip of pickles, such as checkpoints/last.ckpt), which could run "
+            "code and is never unpickled here. Use its run's model.safetensors; to train on, use train.py run_dir="
+        )
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        return "it looks like a pickle, which could run code and is never unpickled here. Use a model.safetensors file"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if start.lstrip()[:1] == b"<":
+        return "it looks like a web page, so a download was answered by an error page; download it again"
+    if size < 8:
+        return f"it has only {size} bytes; a download or copy did not finish"
+    return "its first bytes are no header. Use a model.safetensors of train.py"
+
+
+def _neighbours(path: Path) -> str:
+    """Return a hint with the safetensors files near a path that does not exist."""
+    folder = next((p for p in path.parents if p.is_dir()), Path())
+    found = sorted(str(p) for p in folder.glob("*.safetensors"))[:4]
+    if found:
+        return f"; did you mean {' or '.join(found)}?"
+    return "; train one with `uv run train.py`, whose last line names the file it wrote"
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", buildable: Sequence[str] = ()) -> LoadedModel:
+    """Rebuild the network and its diffusion process from one file, strictly.
+
+    `buildable` adds dotted names of your own classes (`["my_nets.TinyNet"]`) to the allow-list `BUILDABLE`; a config
+    that names anything else is refused before anything is imported. Raises ValueError with every key that does not fit.
+    """
+    header = read_header(path)
+    allowed = BUILDABLE | set(buildable)
+    for part in ("net", "diffusion"):
+        if not isinstance(header.config.get(part), dict):
+            raise ValueError(f"the config in {path} has no `{part}` node; take a model.safetensors that train.py wrote")
+    # Building a network draws its initial weights; the caller's random stream is none of our business.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            net, diffusion = (build(header.config[part], allowed) for part in ("net", "diffusion"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot rebuild {path} (written by version {header.package_version}): {error}") from error
+    _load_strictly(net, header)
+    known = {field.name: getattr(header, field.name) for field in fields(Header)}
+    return LoadedModel(net=net.to(device).eval(), diffusion=diffusion, **known)
+
+
+def _load_strictly(net: nn.Module, header: Header) -> None:
+    """Copy the file's weights into `net`, or raise one ValueError that lists every key that does not fit."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+    found = {_clean(key): shape for key, shape in header.shapes.items()}
+    problems = [f"missing {key} {wanted[key]}" for key in wanted if key not in found]
+    problems += [f"unexpected {key} {found[key]}" for key in found if key not in wanted]
+    problems += [
+        f"mis-shaped {key}: file {found[key]}, network {shape}"
+        for key, shape in wanted.items()
+        if key in found and found[key] != shape
+    ]
+    if problems:
+        listing = "\n  ".join(problems)
+        raise ValueError(
+            f"{header.path} does not fit the network its config describes, {len(problems)} keys:\n  {listing}"
+        )
+    try:
+        weights = load_file(header.path)
+    except SafetensorError as error:
+        raise ValueError(f"{header.path} is damaged ({error}); take another copy of the file") from error
+    net.load_state_dict({_clean(key): tensor for key, tensor in weights.items()}, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config -> objects, without Hydra and without trust
+
+
+def build(node: Any, allowed: frozenset[str] | set[str] = BUILDABLE) -> Any:
+    """Build the objects of a plain config (nested `_target_` mappings), if every callable it names is `allowed`.
+
+    `_partial_` and `_args_` mean what they mean in Hydra. All names are checked before the first is imported.
+    """
+    if foreign := sorted(set(_targets(node)) - set(allowed)):
+        raise ValueError(
+            f"its config names {', '.join(foreign)}, which is not on the list of classes a checkpoint may build; "
+            "nothing was imported or run. If it is your own and you trust this file, pass its name in buildable=[...]"
+        )
+    return _build(node)
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for child in node.values():
+            yield from _targets(child)
+    elif isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _targets(child)
+
+
+def _build(node: Any) -> Any:
+    if isinstance(node, (list, tuple)):
+        return [_build(child) for child in node]
+    if not isinstance(node, Mapping):
+        return node
+    built = {
+        key: _build(child) for key, child in node.items() if key not in ("_target_", "_partial_", "_args_", "_convert_")
+    }
+    if "_target_" not in node:
+        return built
+    call = locate(node["_target_"])
+    arguments = _build(node.get("_args_", []))
+    if node.get("_partial_", False):
+        return functools.partial(call, *arguments, **built)
+    return call(*arguments, **built)
+
+
+def locate(name: str) -> Any:
+    """Return the object of a dotted name, `package.module.Name`. Raises ValueError where it does not exist."""
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"there is no {name} ({error}); its module must be importable from here") from error
