@@ -1,0 +1,33 @@
+"""Diffusion models for researchers. The public names, imported on first use: `import diffusion` costs nothing."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "checkpoint": ("LoadedModel", "load_model", "read_header", "save_model"),
+    "denoiser": ("Denoiser", "denoiser", "denoiser_pair"),
+    "guidance": ("ClassifierFreeGuidance", "NoGuidance", "classifier_score", "clip_x0", "threshold_x0"),
+    "likelihood": ("bits_per_dim", "vlb_term"),
+    "losses": ("P2", "DenoisingLoss", "MinSNR", "TruncatedSNR"),
+    "models.unet": ("Stage", "UNet"),
+    "process": ("GaussianDiffusion", "Prediction", "posterior_mean", "q_sample", "target", "transition"),
+    "sampling": ("SampleNoise", "Sampler", "State", "sample", "step"),
+    "schedule": ("CLEAN", "Level", "Schedule"),
+    "solvers": ("euler",),
+    "timestep_samplers": ("ImportanceTimesteps", "StratifiedTimesteps", "UniformTimesteps"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    # `diffusion.denoiser` is a module and a function of that module; the module comes first, as Python has it.
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module 'diffusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

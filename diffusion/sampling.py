@@ -1,0 +1,182 @@
+"""Walking a grid of timesteps: `step` is one move, `sample` the loop, `Sampler` the choice of both as a value.
+
+Noise comes from outside: one generator a sample, so image i depends on its own seed and on nothing else.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .guidance import Levels, clip_x0, threshold_x0
+from .process import VARIANCE_ALIASES, VARIANCES, GaussianDiffusion, Prediction, transition
+from .randomness import fold
+from .schedule import CLEAN, SPACINGS, Schedule
+from .solvers import History, euler
+
+Noise = Callable[[Tensor], Tensor]  # noise(x): standard normal, shaped like x
+
+
+class SampleNoise:
+    """Standard normal noise with one CPU generator a sample, seeded by `seeds[i]` alone, moved to `device`.
+
+    The draws of sample i do not depend on which other samples share its batch, nor on the device.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator().manual_seed(fold(seed, "sample")) for seed in seeds]
+        self.device = torch.device(device)
+
+    def initial(self, shape: Sequence[int]) -> Tensor:
+        """Draw the start x_T (B, *shape) in float32."""
+        return self._draw(tuple(shape))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) != len(self.generators):
+            raise ValueError(f"noise for {len(self.generators)} samples was asked for a batch of {len(x)}")
+        return self._draw(tuple(x.shape[1:])).to(x.dtype)
+
+    def _draw(self, shape: tuple[int, ...]) -> Tensor:
+        noise = torch.empty((len(self.generators), *shape))
+        for row, generator in zip(noise.unbind(), self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(self.device)
+
+
+class State(NamedTuple):
+    """Where a sampler stands after a move from t to s."""
+
+    index: int  # moves made, from 1
+    t: float
+    s: float
+    x: Tensor  # (B, C, H, W) at timestep s
+    prediction: Prediction  # what the denoiser believed at t
+
+
+def step(
+    denoise: Denoiser,
+    level: Levels,
+    x: Tensor,
+    t: float,
+    s: float,
+    history: History = (),
+    *,
+    solver: Callable = euler,
+    eta: float = 0.0,
+    variance: str = "posterior",
+    shift: Callable[[Tensor, float], Tensor] | None = None,
+    noise: Noise = torch.randn_like,
+    ask: Callable[[float, float], float] = max,
+) -> tuple[Tensor, History]:
+    """Carry x (B, C, H, W) from timestep t to s: s < t denoises, s > t inverts. Differentiable.
+
+    `ask` chooses at which end of the interval an inversion asks the network: max is the noisier one (null-text
+    inversion), min the cleaner (guided-diffusion). `shift(x, t)` is a classifier's gradient, added to the mean times the
+    variance (2105.05233, algorithm 1). No noise is drawn for eta = 0 or on the way to CLEAN.
+    """
+    here, there = level(t), level(s)
+    if s < t:
+        p = denoise(x, t)
+    else:
+        p = denoise(x, ask(t, s))
+        p = Prediction.from_eps(x, p.eps, here, p.var_frac)
+    history = ((t, p), *history[:3])
+    mean, var = transition(solver(denoise, level, x, t, s, history), here, there, eta, variance)
+    if shift is not None:
+        mean = mean + var * shift(x, t)
+    if eta == 0 or s == CLEAN:
+        return mean, history
+    fresh = noise(x)
+    if isinstance(var, Tensor):
+        return torch.addcmul(mean, var.sqrt(), fresh), history
+    return torch.add(mean, fresh, alpha=var**0.5), history
+
+
+def sample(
+    denoise: Denoiser,
+    x: Tensor,
+    timesteps: Sequence[float] | Iterable[tuple[float, float]],
+    level: Levels,
+    **step_kwargs,
+) -> Iterator[State]:
+    """Walk x along `timesteps` (or along explicit (t, s) intervals) and yield each State; no gradients.
+
+    A rising grid inverts: `sample(denoise, x0, (CLEAN, *grid), level)` is DDIM inversion.
+    """
+    intervals = list(timesteps)
+    if intervals and not isinstance(intervals[0], tuple):
+        intervals = list(pairwise(intervals))
+    history: History = ()
+    for index, (t, s) in enumerate(intervals, start=1):
+        with torch.no_grad():
+            x, history = step(denoise, level, x, t, s, history, **step_kwargs)
+        yield State(index, t, s, x, history[0][1])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to sample, as a value: grid, solver, stochasticity, and what is done to the believed x0.
+
+    `eta` 0 is DDIM, 1 is DDPM. `variance` None takes the model's own (learned included); DDIM proper uses "posterior".
+    `clip`: "clip" (pixels in [-1, 1]), "dynamic" (Imagen, at `dynamic_quantile`) or None (latents).
+    `num_steps`, `spacing`, `final`, `offset`: see `Schedule.timesteps`.
+    """
+
+    num_steps: int | str = 50
+    solver: Callable = euler
+    spacing: str = "trailing"
+    eta: float = 0.0
+    variance: str | None = None
+    clip: str | None = "clip"
+    dynamic_quantile: float = 0.995
+    final: int = CLEAN
+    offset: int = 0
+
+    def __post_init__(self):
+        if self.variance is not None:
+            object.__setattr__(self, "variance", VARIANCE_ALIASES.get(self.variance, self.variance))
+        for name, allowed in (
+            ("variance", (None, *VARIANCES)),
+            ("clip", (None, "clip", "dynamic")),
+            ("spacing", SPACINGS),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join("null" if value is None else value for value in allowed)
+                raise ValueError(f"sampler {name} must be one of {choices}, got {getattr(self, name)!r}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is DDPM), got {self.eta}")
+
+    def timesteps(self, schedule: Schedule) -> tuple[int, ...]:
+        """The grid that this sampler walks on `schedule`, `final` included."""
+        return schedule.timesteps(self.num_steps, self.spacing, final=self.final, offset=self.offset)
+
+    def states(
+        self, diffusion: GaussianDiffusion, denoise: Denoiser, x: Tensor, *, noise: Noise, **step_kwargs
+    ) -> Iterator[State]:
+        """Yield every State from x ~ N(0, 1) at the first timestep to `final`. Errors come before the first step."""
+        level = diffusion.schedule.level
+        if self.clip == "clip":
+            denoise = clip_x0(denoise, level)
+        elif self.clip == "dynamic":
+            denoise = threshold_x0(denoise, level, quantile=self.dynamic_quantile)
+        return sample(
+            denoise,
+            x,
+            self.timesteps(diffusion.schedule),
+            level,
+            solver=self.solver,
+            eta=self.eta,
+            variance=self.variance or diffusion.variance,
+            noise=noise,
+            **step_kwargs,
+        )
+
+    def sample(self, diffusion: GaussianDiffusion, denoise: Denoiser, x: Tensor, *, noise: Noise) -> Tensor:
+        """Return the last state's x (B, C, H, W)."""
+        for state in self.states(diffusion, denoise, x, noise=noise):
+            x = state.x
+        return x

@@ -1,0 +1,288 @@
+"""How much signal and noise there is at each trained timestep, and which timesteps a sampler visits.
+
+Tables are float64 (DDPM, arXiv 2006.11239; iDDPM 2102.09672; simple diffusion 2301.11093; zero terminal SNR 2305.08891).
+A sampler's grid is owned here, last entry included: nobody else derives "the previous timestep".
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CLEAN = -1  # the timestep of noiseless data; every schedule has it
+
+SPACINGS = ("trailing", "leading", "linspace", "quad", "ldm", "ldm_quad")
+
+
+class Level(NamedTuple):
+    """x_t = alpha * x0 + sigma * eps. Floats when all samples share t, (B, 1, 1, 1) tensors when they do not."""
+
+    alpha: float | Tensor
+    sigma: float | Tensor
+
+    def to(self, x: Tensor) -> "Level":
+        """Match the dtype and device of x; floats stay floats."""
+        if isinstance(self.alpha, Tensor):
+            return Level(self.alpha.to(x), self.sigma.to(x))
+        return self
+
+
+class Schedule:
+    """A variance-preserving chain: alpha_t^2 = prod_{i<=t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2, t in 0..T-1.
+
+    `betas` (T,) lie in [0, 1]; a last beta of 1 is zero terminal SNR. Raises ValueError otherwise.
+    """
+
+    def __init__(self, betas: Tensor | Sequence[float]):
+        self.betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").flatten().clone()
+        if not len(self.betas) or not bool(((self.betas >= 0) & (self.betas <= 1)).all()):
+            low, high = (self.betas.min().item(), self.betas.max().item()) if len(self.betas) else (math.nan, math.nan)
+            raise ValueError(
+                f"betas must be a non-empty list in [0, 1], got {len(self.betas)} values in [{low:g}, {high:g}]; "
+                "a linear schedule needs at least 20 steps, cosine works for any number"
+            )
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        # One entry more than T: index -1 (CLEAN) is the last, so a gather needs no special case.
+        alphas = torch.cat([self.alphas_cumprod.sqrt(), torch.ones(1, dtype=torch.float64)])
+        sigmas = torch.cat([(1 - self.alphas_cumprod).sqrt(), torch.zeros(1, dtype=torch.float64)])
+        self._tables = {torch.device("cpu"): (alphas, sigmas)}
+        self._levels = [Level(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.betas)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        return self._levels[-2].alpha == 0
+
+    def level(self, t: int | float | Tensor) -> Level:
+        """Return alpha and sigma at t in {CLEAN} or [0, T-1]; a fractional t is interpolated in log-SNR.
+
+        A number gives floats (no device is touched); (B,) timesteps give (B, 1, 1, 1) float64 tensors on their device.
+        """
+        if isinstance(t, Tensor):
+            alphas, sigmas = self._on(t.device)
+            if t.is_floating_point():
+                return self._between(t.to(alphas.dtype), alphas, sigmas)
+            index = t.long() % len(alphas)
+            return Level(alphas[index].view(-1, 1, 1, 1), sigmas[index].view(-1, 1, 1, 1))
+        if not CLEAN <= t < self.num_train_timesteps:
+            raise ValueError(f"timestep {t} is outside -1 (clean data) .. {self.num_train_timesteps - 1}")
+        if t == int(t):
+            return self._levels[int(t)]
+        at = self._between(torch.tensor([t], dtype=torch.float64), *self._tables[torch.device("cpu")])
+        return Level(at.alpha.item(), at.sigma.item())
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            alphas, sigmas = self._tables[torch.device("cpu")]
+            self._tables[device] = (alphas.to(device, dtype), sigmas.to(device, dtype))
+        return self._tables[device]
+
+    @staticmethod
+    def _between(t: Tensor, alphas: Tensor, sigmas: Tensor) -> Level:
+        low = t.floor().long().clamp(min=CLEAN, max=len(alphas) - 2)
+        high, weight = (low + 1).clamp(max=len(alphas) - 2), t - low
+        log_snr = [2 * (alphas[i].log() - sigmas[i].log()) for i in (low % len(alphas), high)]
+        mixed = torch.where(weight == 0, log_snr[0], torch.lerp(*log_snr, weight)).view(-1, 1, 1, 1)
+        return Level(torch.sigmoid(mixed).sqrt(), torch.sigmoid(-mixed).sqrt())
+
+    def timesteps(
+        self, num_steps: int | str, spacing: str = "trailing", *, final: int = CLEAN, offset: int = 0
+    ) -> tuple[int, ...]:
+        """Return a sampler's grid: strictly falling timesteps, then `final`.
+
+        `num_steps`: 1..T, or guided-diffusion's strings, which ignore `spacing`: "ddim25" (integer stride), "250",
+        "10,15,20" (so many steps in each equal section of the chain, first section cleanest).
+        `spacing`: trailing (starts at T-1; the right default, arXiv 2305.08891 table 2), leading (T//n stride from 0
+        plus `offset`; never starts at T-1), linspace (both ends), quad (DDIM's quadratic, ends near 0.8 T). Each has
+        exactly n steps for every n. ldm and ldm_quad are latent-diffusion's own grids: everything is shifted by +1,
+        and a stride of T//n takes more than n steps where n does not divide T; its index beyond T-1 (an IndexError
+        there) becomes T-1, and repeated steps, which do not move, are left out.
+        `final`: CLEAN, or 0 for latent-diffusion's and Stable Diffusion's habit of stopping at alphas_cumprod[0].
+        """
+        total = self.num_train_timesteps
+        if isinstance(num_steps, str):
+            rising = _sections(total, num_steps)
+        elif isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= total:
+            raise ValueError(f"num_steps must be 1..{total} (the trained timesteps), got {num_steps!r}")
+        else:
+            rising = _spaced(total, num_steps, spacing)
+        rising = [t + offset for t in rising]
+        if rising[-1] >= total or rising[0] < 0:
+            raise ValueError(
+                f"offset {offset} moves the {spacing} grid of {num_steps} steps to {rising[0]}..{rising[-1]}, "
+                f"outside 0..{total - 1}; use a smaller offset or spacing=trailing"
+            )
+        # A grid whose first entry is `final` itself has nothing left to do there.
+        return (*(t for t in reversed(rising) if t > final), final)
+
+
+def _spaced(total: int, n: int, spacing: str) -> list[int]:
+    match spacing:
+        case "trailing":
+            return sorted(round(total - k * total / n) - 1 for k in range(n))
+        case "leading":
+            return [k * (total // n) for k in range(n)]
+        case "linspace":
+            return [total - 1] if n == 1 else [round(k * (total - 1) / (n - 1)) for k in range(n)]
+        case "quad":
+            return [max(int(q), k) for k, q in enumerate(_quadratic(total, n))]
+        case "ldm":
+            return sorted({min(t + 1, total - 1) for t in range(0, total, total // n)})
+        case "ldm_quad":
+            return sorted({min(int(q) + 1, total - 1) for q in _quadratic(total, n)})
+    raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+
+
+def _quadratic(total: int, n: int) -> list[float]:
+    # DDIM appendix D.2: quadratic in the index, up to 0.8 T.
+    return (torch.linspace(0, math.sqrt(total * 0.8), n, dtype=torch.float64) ** 2).tolist()
+
+
+def _sections(total: int, text: str) -> list[int]:
+    """Read guided-diffusion's timestep_respacing strings, its accumulated stride and banker's rounding included."""
+    if text.startswith("ddim") and text[4:].isdigit():
+        wanted = int(text[4:])
+        stride = next((i for i in range(1, total) if len(range(0, total, i)) == wanted), None)
+        if stride is None:
+            raise ValueError(
+                f"no integer stride visits {wanted} of {total} timesteps; drop the 'ddim' or choose another"
+            )
+        return list(range(0, total, stride))
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"num_steps {text!r} is not understood; give a number, 'ddim25' or sections like '10,15,20'")
+    steps, start = [], 0
+    for i, count in enumerate(int(part) for part in parts):
+        size = total // len(parts) + (i < total % len(parts))
+        if size < count:
+            raise ValueError(
+                f"num_steps {text!r}: section {i + 1} has {size} timesteps, which cannot give {count} steps"
+            )
+        stride, position = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride
+        start += size
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules. Each function returns a Schedule; configs/schedule/ has one file for each.
+
+
+def power(
+    num_train_timesteps: int = 1000,
+    *,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    power: float = 1.0,
+    reference_steps: int | None = None,
+) -> Schedule:
+    """Betas equally spaced in beta^(1/power): 1 is linear (DDPM), 2 is scaled_linear (latent-diffusion).
+
+    With `reference_steps` the betas are meant for a chain that long and are multiplied by
+    reference_steps / num_train_timesteps, so that a shorter chain destroys the same signal (guided-diffusion).
+    """
+    _check_length(num_train_timesteps)
+    scale = reference_steps / num_train_timesteps if reference_steps else 1.0
+    ends = [(scale * beta) ** (1 / power) for beta in (beta_start, beta_end)]
+    return Schedule(torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** power)
+
+
+def linear(
+    num_train_timesteps: int = 1000,
+    *,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    reference_steps: int | None = 1000,
+) -> Schedule:
+    """DDPM section 4. The betas are those of a 1000-step chain unless `reference_steps` is None."""
+    return power(
+        num_train_timesteps, beta_start=beta_start, beta_end=beta_end, power=1.0, reference_steps=reference_steps
+    )
+
+
+def scaled_linear(
+    num_train_timesteps: int = 1000,
+    *,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    reference_steps: int | None = None,
+) -> Schedule:
+    """Linear in sqrt(beta): latent-diffusion's "linear", Stable Diffusion's schedule with these defaults."""
+    return power(
+        num_train_timesteps, beta_start=beta_start, beta_end=beta_end, power=2.0, reference_steps=reference_steps
+    )
+
+
+def from_alphas_cumprod(function: Callable[[float], float], num_train_timesteps: int, *, max_beta: float) -> Schedule:
+    """Discretise alpha^2(u), u in [0, 1]: beta_i = 1 - alpha^2((i+1)/T) / alpha^2(i/T), at most `max_beta`."""
+    _check_length(num_train_timesteps)
+    values = [function(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
+    return Schedule([min(1 - after / before, max_beta) for before, after in zip(values, values[1:], strict=False)])
+
+
+def cosine(num_train_timesteps: int = 1000, *, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
+    """iDDPM eq. 17: alpha^2(u) = cos^2((u + s) / (1 + s) * pi / 2)."""
+    return from_alphas_cumprod(
+        lambda u: math.cos((u + s) / (1 + s) * math.pi / 2) ** 2, num_train_timesteps, max_beta=max_beta
+    )
+
+
+def sigmoid(
+    num_train_timesteps: int = 1000,
+    *,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+) -> Schedule:
+    """arXiv 2301.10972 (Chen, algorithm 1): alpha^2(u) falls as a sigmoid of ((end - start) u + start) / tau."""
+
+    def value(u: float) -> float:
+        at = [1 / (1 + math.exp(-x / tau)) for x in (start, end, u * (end - start) + start)]
+        return max((at[1] - at[2]) / (at[1] - at[0]), 0.0)
+
+    return from_alphas_cumprod(value, num_train_timesteps, max_beta=max_beta)
+
+
+def shifted_cosine(
+    num_train_timesteps: int = 1000, *, image_size: int = 256, reference_size: int = 64, max_beta: float = 0.999
+) -> Schedule:
+    """simple diffusion eq. 4: the cosine schedule with log-SNR lowered by 2 log(image_size / reference_size)."""
+    return shifted(cosine(num_train_timesteps, max_beta=max_beta), image_size=image_size, reference_size=reference_size)
+
+
+def shifted(schedule: Schedule, *, image_size: int, reference_size: int = 64) -> Schedule:
+    """Give `schedule`, tuned at `reference_size`, the same SNR after average pooling at `image_size` (2301.11093)."""
+    if image_size <= 0 or reference_size <= 0:
+        raise ValueError(f"image_size and reference_size must be positive, got {image_size} and {reference_size}")
+    odds = (reference_size / image_size) ** 2 * schedule.alphas_cumprod
+    return _from_table(odds / (odds + 1 - schedule.alphas_cumprod))
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """arXiv 2305.08891, algorithm 1: shift and scale alpha so that the last is 0 and the first stays.
+
+    Needs parameterization v or x0: at the last timestep eps says nothing about x0.
+    """
+    alphas = schedule.alphas_cumprod.sqrt()
+    if len(alphas) < 2:
+        raise ValueError("zero terminal SNR needs at least 2 timesteps")
+    return _from_table(((alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))) ** 2)
+
+
+def _from_table(alphas_cumprod: Tensor) -> Schedule:
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    return Schedule(1 - alphas_cumprod / before)
+
+
+def _check_length(num_train_timesteps: int) -> None:
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
