@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "checkpoint": ("LoadedModel", "load_model", "read_header", "save_model"),
-    "denoiser": ("Denoiser", "denoiser", "denoiser_pair"),
+    "denoiser": ("Denoiser", "denoiser_pair"),
     "guidance": ("ClassifierFreeGuidance", "NoGuidance", "classifier_score", "clip_x0", "threshold_x0"),
     "likelihood": ("bits_per_dim", "vlb_term"),
     "losses": ("P2", "DenoisingLoss", "MinSNR", "TruncatedSNR"),
@@ -23,7 +23,6 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    # `diffusion.denoiser` is a module and a function of that module; the module comes first, as Python has it.
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module 'diffusion' has no attribute {name!r}")

@@ -5,6 +5,7 @@ All terms are means over C, H, W in bits per dimension, one number a sample. Ima
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .process import GaussianDiffusion, Prediction, interpolated_variance, posterior_mean, q_sample, variances
-from .schedule import CLEAN, Level
+from .schedule import CLEAN, Level, Schedule
 
 
 def _bits(nats: Tensor) -> Tensor:
@@ -64,8 +65,7 @@ def reverse_log_variance(
 class Chain:
     """The steps over which the bound is summed: the full chain, or a sampler's falling grid that ends in CLEAN."""
 
-    def __init__(self, diffusion: GaussianDiffusion, timesteps: Sequence[int] | None = None):
-        schedule = diffusion.schedule
+    def __init__(self, schedule: Schedule, timesteps: Sequence[int] | None = None):
         grid = timesteps or (*range(schedule.num_train_timesteps - 1, -1, -1), CLEAN)
         if grid[-1] != CLEAN or any(t <= s for t, s in pairwise(grid)):
             raise ValueError("a chain of timesteps must fall and end in -1 (clean data)")
@@ -87,9 +87,10 @@ class Chain:
         return s
 
 
-def model_mean(diffusion: GaussianDiffusion, p: Prediction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Mean of the model's p(x_s | x_t) given its prediction."""
-    return posterior_mean(p.x0, x, diffusion.schedule.level(t).to(x), diffusion.schedule.level(s).to(x))
+@lru_cache(maxsize=8)
+def chain_of(schedule: Schedule, timesteps: tuple[int, ...] | None = None) -> Chain:
+    """The chain of a schedule, made once: a loss asks for it at every training step."""
+    return Chain(schedule, timesteps)
 
 
 def vlb_term(
@@ -99,7 +100,7 @@ def vlb_term(
 
     `p` is the prediction at x = x_t, t (B,) int64 on the chain.
     """
-    chain = chain or Chain(diffusion)
+    chain = chain or chain_of(diffusion.schedule)
     s = chain.previous(t)
     true_log_var, log_var = reverse_log_variance(diffusion, p, t, s, chain.first_posterior)
     here, there = diffusion.schedule.level(t).to(x), diffusion.schedule.level(s).to(x)
@@ -138,7 +139,7 @@ def bits_per_dim(
 
     Wrap `denoise` in `clip_x0` as the papers do. `timesteps` is a grid that ends in CLEAN; the full chain if None.
     """
-    chain, columns = Chain(diffusion, timesteps), []
+    chain, columns = Chain(diffusion.schedule, timesteps), []
     with torch.no_grad():
         for step in chain.timesteps:
             t = torch.full((len(x0),), step, device=x0.device)

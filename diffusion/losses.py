@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .denoiser import Network
-from .likelihood import Chain, vlb_term
+from .likelihood import chain_of, vlb_term
 from .process import GaussianDiffusion, q_sample
 
 KINDS = ("mse", "l1", "huber", "vlb")
@@ -114,8 +114,8 @@ class DenoisingLoss:
         """Raise ValueError where the loss would leave a part of the network untrained, or train a part it lacks."""
         if self.kind != "vlb" and diffusion.learned_variance != (self.vlb_weight > 0):
             raise ValueError(
-                f"variance={diffusion.variance} with vlb_weight={self.vlb_weight}: a learned variance is trained by the "
-                "bound and only it is; set both (loss=hybrid task.variance=learned) or neither"
+                f"variance={diffusion.variance} with vlb_weight={self.vlb_weight}: the bound trains a learned variance "
+                "and nothing else here; set both (loss=hybrid task.variance=learned) or neither"
             )
 
     def noise(self, x0: Tensor, generator: torch.Generator) -> Tensor:
@@ -150,7 +150,7 @@ class DenoisingLoss:
             return LossTerms(loss, mse.detach())
         if self.kind != "vlb":  # the bound sees a stopped mean
             output = torch.cat([answer.detach(), output.chunk(2, dim=1)[1]], dim=1)
-        chain = Chain(diffusion, self.timesteps)
+        chain = chain_of(diffusion.schedule, self.timesteps and tuple(self.timesteps))
         vlb = vlb_term(diffusion, diffusion.prediction(output, x, t), x0, x, t, chain)
         return LossTerms(loss + self.vlb_weight * len(chain) * vlb, mse.detach(), vlb.detach())
 

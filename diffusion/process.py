@@ -33,7 +33,7 @@ def q_sample(x0: Tensor, eps: Tensor, at: Level) -> Tensor:
 
 
 def variances(here: Level, there: Level) -> tuple[float | Tensor, float | Tensor]:
-    """Return Var[x_t | x_s] ("jump", DDPM's beta) and Var[x_s | x_t, x0] ("posterior") of the interval here -> there."""
+    """Return Var[x_t | x_s] ("jump", DDPM's beta) and Var[x_s | x_t, x0] ("posterior"), t at `here`, s at `there`."""
     jump = _at_least(here.sigma**2 - (here.alpha / there.alpha) ** 2 * there.sigma**2, 0.0)
     return jump, jump * there.sigma**2 / here.sigma**2
 

@@ -75,8 +75,8 @@ def step(
     """Carry x (B, C, H, W) from timestep t to s: s < t denoises, s > t inverts. Differentiable.
 
     `ask` chooses at which end of the interval an inversion asks the network: max is the noisier one (null-text
-    inversion), min the cleaner (guided-diffusion). `shift(x, t)` is a classifier's gradient, added to the mean times the
-    variance (2105.05233, algorithm 1). No noise is drawn for eta = 0 or on the way to CLEAN.
+    inversion), min the cleaner (guided-diffusion). `shift(x, t)` is a classifier's gradient: variance times it is
+    added to the mean (2105.05233, algorithm 1). No noise is drawn for eta = 0 or on the way to CLEAN.
     """
     here, there = level(t), level(s)
     if s < t:

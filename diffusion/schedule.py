@@ -1,11 +1,12 @@
 """How much signal and noise there is at each trained timestep, and which timesteps a sampler visits.
 
-Tables are float64 (DDPM, arXiv 2006.11239; iDDPM 2102.09672; simple diffusion 2301.11093; zero terminal SNR 2305.08891).
+Tables are float64. DDPM (arXiv 2006.11239), iDDPM (2102.09672), simple diffusion (2301.11093), zero SNR (2305.08891).
 A sampler's grid is owned here, last entry included: nobody else derives "the previous timestep".
 """
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -225,7 +226,7 @@ def from_alphas_cumprod(function: Callable[[float], float], num_train_timesteps:
     """Discretise alpha^2(u), u in [0, 1]: beta_i = 1 - alpha^2((i+1)/T) / alpha^2(i/T), at most `max_beta`."""
     _check_length(num_train_timesteps)
     values = [function(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
-    return Schedule([min(1 - after / before, max_beta) for before, after in zip(values, values[1:], strict=False)])
+    return Schedule([min(1 - after / before, max_beta) for before, after in pairwise(values)])
 
 
 def cosine(num_train_timesteps: int = 1000, *, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
