@@ -1,0 +1,176 @@
+"""What does every datamodule share: shape and classes known at once, keyed order, exact resume in mid-epoch?
+
+A subclass fills `train_set` and `val_set` in `setup`; all that concerns batches, workers and resuming is here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from diffusion.data.batches import EpochBatches, EpochLoader
+from diffusion.data.images import ImageSet
+
+
+class ImageData(LightningDataModule):
+    """Batches {"image": (B, C, H, W) float32 in [-1, 1], "index": (B,) int64, and "label" (B,) int64, "caption" list}.
+
+    `batch_size` is that of one device. `pin_memory=None` pins where CUDA is there. Training order is a function of
+    (seed, epoch), mirrors of (seed, epoch, index); validation has a fixed order and no mirrors. Train with
+    `Trainer(use_distributed_sampler=False)`: the loaders deal their batches to the ranks themselves.
+
+    The checkpoint's entry (`state_dict`) is the first batch that no optimizer step has used, so a resumed run takes up
+    exactly there, with any number of workers, ranks (at the same global batch) and accumulated batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        image_size: int,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("channels", channels, 1),
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"data.{name} is {value!r}; it must be an integer of at least {least}")
+        self.channels, self.image_size = channels, image_size
+        self.num_classes = num_classes
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.batch_size, self.num_workers, self.pin_memory, self.seed = batch_size, num_workers, pin_memory, seed
+        self.train_set: ImageSet | None = None
+        self.val_set: ImageSet | None = None
+        self._train_loader: EpochLoader | None = None
+        self._resume: dict[str, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.channels, self.image_size, self.image_size
+
+    def train_dataloader(self) -> EpochLoader:
+        """The shuffled training set; each `iter` is the next epoch, and the first one after a resume its rest."""
+        if self.train_set is None:
+            self.setup("fit")
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # then every epoch is epoch 0
+        loader = self._loader(self.train_set, drop_last=True, reshuffle=not overfit)
+        if not len(loader):
+            raise ValueError(
+                f"{len(self.train_set)} training images do not fill one batch of {loader.batches.global_batch_size}; "
+                f"lower data.batch_size (it is {self.batch_size}) or add images"
+            )
+        if self._resume is not None:
+            self._restore(loader)
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> EpochLoader:
+        """The validation set in its own order, all of it."""
+        if self.val_set is None:
+            self.setup("validate")
+        return self._loader(self.val_set, drop_last=False, shuffle=False)
+
+    def _loader(self, dataset: ImageSet, **order: bool) -> EpochLoader:
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+        return EpochLoader(
+            dataset,
+            EpochBatches(len(dataset), self.batch_size, self.seed, rank, world_size, **order),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    # -- resuming ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training goes on: `samples` of `epoch` have been used by optimizer steps, over all ranks.
+
+        `rewind` counts batches after the last step: their gradients are in no checkpoint, so they are seen again.
+        """
+        if self._train_loader is None:
+            return {}
+        batches = self._train_loader.batches
+        epoch, batch, rewind = self._next_batch(self._train_loader)
+        return {
+            "epoch": epoch,
+            "samples": batch * batches.global_batch_size,
+            "rewind": rewind,
+            "global_batch_size": batches.global_batch_size,
+            "num_samples": batches.num_samples,
+            "seed": batches.seed,
+        }
+
+    def _next_batch(self, loader: EpochLoader) -> tuple[int, int, int]:
+        """Return epoch and number of the first batch that no step has used, and how many were seen from there on.
+
+        Our own count of epochs: Lightning's drifts when it resumes from a checkpoint of an epoch's end. Its count of
+        batches within the epoch is right once the epoch has begun (`processed` grows with the optimizer step).
+        """
+        epoch, start = loader.batches.epoch, loader.batches.start_batch
+        if not loader.delivered:
+            return epoch, start, 0
+        if self.trainer is None:
+            return epoch, start + loader.delivered, 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.processed
+        over = progress.is_last_batch and done == progress.current.ready  # `is_last_batch` is set before its step
+        if over or done >= self.trainer.num_training_batches:
+            return epoch + 1, 0, 0  # the last batch of an epoch always steps, however many are accumulated
+        rewind = done % self.trainer.accumulate_grad_batches
+        return epoch, done - rewind, rewind
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Keep the position for the next `train_dataloader`, which Lightning asks for after it restored its loops."""
+        self._resume = dict(state_dict)
+
+    def _restore(self, loader: EpochLoader) -> None:
+        """Put the loader, and Lightning's batch count where it differs, to the first batch that no step has used."""
+        state, self._resume = self._resume, None
+        batches = loader.batches
+        changed = [
+            f"data.{name} was {state[name]} and is {now}"
+            for name, now in (
+                ("seed", batches.seed),
+                ("num_samples", batches.num_samples),
+                ("global_batch_size", batches.global_batch_size),
+            )
+            if state[name] != now
+        ]
+        if changed:
+            rank_zero_warn(
+                f"the data differ from the checkpoint's: {'; '.join(changed)}. Training goes on after {state['samples']}"
+                f" samples of epoch {state['epoch']}, but not with the batches that an unbroken run would have seen."
+            )
+        batch = state["samples"] // batches.global_batch_size
+        loader.start(state["epoch"], batch)
+        if self.trainer is not None:
+            self._align_lightning(loader.batches.start_batch, mid_epoch=state["samples"] > 0 or state["rewind"] > 0)
+
+    def _align_lightning(self, batch: int, *, mid_epoch: bool) -> None:
+        """Correct Lightning's restored batch counters where they do not say that training goes on at `batch`.
+
+        They include batches that no optimizer step has used; and in a checkpoint from `on_train_epoch_start` they are
+        still those of the finished epoch, for which Lightning would skip the new one.
+        """
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        epochs = self.trainer.fit_loop.epoch_progress.current
+        excess = progress.current.processed - batch
+        if mid_epoch and excess:
+            for counts in (progress.current, progress.total):
+                done = counts.processed - excess
+                counts.ready = counts.started = counts.processed = counts.completed = done
+        elif not mid_epoch and epochs.ready > epochs.started:
+            progress.reset_on_run()
