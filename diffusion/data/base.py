@@ -4,7 +4,6 @@ A subclass fills `train_set` and `val_set` in `setup`; all that concerns batches
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -62,8 +61,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> EpochLoader:
         """The shuffled training set; each `iter` is the next epoch, and the first one after a resume its rest."""
-        if self.train_set is None:
-            self.setup("fit")
+        self._ensure_setup()
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # then every epoch is epoch 0
         loader = self._loader(self.train_set, drop_last=True, reshuffle=not overfit)
         if not len(loader):
@@ -78,9 +76,14 @@ class ImageData(LightningDataModule):
 
     def val_dataloader(self) -> EpochLoader:
         """The validation set in its own order, all of it."""
-        if self.val_set is None:
-            self.setup("validate")
+        self._ensure_setup()
         return self._loader(self.val_set, drop_last=False, shuffle=False)
+
+    def _ensure_setup(self) -> None:
+        """Do what Lightning's trainer would have done, for use without one."""
+        if self.train_set is None:
+            self.prepare_data()
+            self.setup("fit")
 
     def _loader(self, dataset: ImageSet, **order: bool) -> EpochLoader:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -151,8 +154,9 @@ class ImageData(LightningDataModule):
         ]
         if changed:
             rank_zero_warn(
-                f"the data differ from the checkpoint's: {'; '.join(changed)}. Training goes on after {state['samples']}"
-                f" samples of epoch {state['epoch']}, but not with the batches that an unbroken run would have seen."
+                f"the data differ from the checkpoint's: {'; '.join(changed)}. Training goes on after "
+                f"{state['samples']} samples of epoch {state['epoch']}, but not with the batches that an unbroken "
+                "run would have seen."
             )
         batch = state["samples"] // batches.global_batch_size
         loader.start(state["epoch"], batch)

@@ -1,0 +1,223 @@
+"""Your own images: class folders, a `metadata.jsonl` with captions and labels, or just a folder.
+
+Every image is resized to its shorter side and cut to the centre square; what cannot be read is named, and left out.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from diffusion.data.base import ImageData
+from diffusion.data.images import ImageSet
+from diffusion.data.listing import UNREADABLE, Entry, class_names, entries, some, unreadable
+from diffusion.randomness import fold
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
+    """Read as (channels, image_size, image_size) uint8: upright, on white, shorter side resized, centre cut out.
+
+    Lanczos with its support widened to the scale (Pillow's own way), so that large photographs do not alias.
+    """
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):  # 16 bits: Pillow would cut values off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
+    image = ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS)
+    pixels = np.array(image).reshape(image_size, image_size, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class FolderImages(ImageSet):
+    """Images read from disk when they are asked for; one that has become unreadable is replaced by the next one."""
+
+    def __init__(
+        self,
+        root: Path,
+        found: Sequence[Entry],
+        classes: Sequence[str] | None,
+        *,
+        channels: int,
+        image_size: int,
+        seed: int = 0,
+        horizontal_flip: bool = False,
+    ) -> None:
+        super().__init__(seed=seed, horizontal_flip=horizontal_flip)
+        self.root, self.entries = root, tuple(found)
+        self.labels = None if classes is None else [classes.index(entry.class_name) for entry in found]
+        self.captioned = any(entry.caption is not None for entry in found)
+        self.channels, self.image_size = channels, image_size
+        self.lost: set[str] = set()  # names reported so far, by this process
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def load(self, indices: Sequence[int]) -> dict[str, Any]:
+        images, kept = zip(*map(self._readable, indices), strict=True)
+        batch: dict[str, Any] = {"image": torch.stack(images)}
+        if self.labels is not None:
+            batch["label"] = torch.tensor([self.labels[index] for index in kept])
+        if self.captioned:
+            batch["caption"] = [self.entries[index].caption or "" for index in kept]
+        return batch
+
+    def _readable(self, index: int) -> tuple[Tensor, int]:
+        """Read this image, or else the next one that can be read; return it with its index."""
+        for index in ((index + step) % len(self) for step in range(len(self))):
+            name = self.entries[index].name
+            try:
+                image = read_image(self.root / name, channels=self.channels, image_size=self.image_size)
+            except UNREADABLE as error:
+                if name not in self.lost:
+                    self.lost.add(name)
+                    warnings.warn(
+                        f"{self.root / name} can no longer be read ({error}); the next image takes its place "
+                        f"({len(self.lost)} such so far)",
+                        stacklevel=2,
+                    )
+            else:
+                return image, index
+        raise ValueError(f"none of the {len(self)} images in {self.root} can be read any more")
+
+
+class ImageFolder(ImageData):
+    """Images of any size below `root`, resized and cut to `image_size`.
+
+    - `root/metadata.jsonl` with lines {"file_name": ..., "caption" or "text": ..., "label": name or number};
+    - or `root/CLASS/...`: the folders' names, sorted, are the classes 0, 1, ...;
+    - or images anywhere below `root`.
+
+    `num_classes=None` trains without labels, whatever the folders. A `val_root` of the same layout serves validation;
+    without it, `val_fraction` of the images are set aside by a hash of their names, so that adding images moves none.
+    Unreadable images are left out, with a warning that counts and names them (`skipped` keeps {name: reason}).
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        image_size: int,
+        channels: int = 3,
+        num_classes: int | None = None,
+        val_root: str | Path | None = None,
+        val_fraction: float = 0.02,
+        horizontal_flip: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        if channels not in MODES:
+            raise ValueError(f"data.channels is {channels}; image files are read as 1 (grey) or 3 (RGB)")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction is {val_fraction}; it must be above 0 and below 1")
+        super().__init__(
+            channels=channels,
+            image_size=image_size,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            seed=seed,
+        )
+        self.root = Path(root).expanduser()
+        self.val_root = None if val_root is None else Path(val_root).expanduser()
+        self.val_fraction, self.horizontal_flip = val_fraction, horizontal_flip
+        self.skipped: dict[str, str] = {}
+        if num_classes is not None:
+            self.class_names = self._classes()
+
+    @cached_property
+    def _entries(self) -> list[Entry]:
+        return entries(self.root)
+
+    def _classes(self) -> tuple[str, ...]:
+        """Name the classes, which must be as many as `num_classes` and cover every image."""
+        names = class_names(self._entries)
+        if len(names) != self.num_classes:
+            found = f"{len(names)} classes ({some(list(names))})" if names else "no class folders and no labels"
+            fix = f"data.num_classes={len(names)}" if names else "data.num_classes=null (no labels)"
+            raise ValueError(f"data.num_classes is {self.num_classes}, but {self.root} has {found}; set {fix}")
+        self._check_labelled(self._entries, self.root, names)
+        return names
+
+    def _check_labelled(self, found: Sequence[Entry], root: Path, names: Sequence[str]) -> None:
+        strays = [entry.name for entry in found if entry.class_name not in names]
+        if strays:
+            raise ValueError(
+                f"{len(strays)} images in {root} belong to none of the {len(names)} classes: {some(strays)}; "
+                "move them into class folders, or set data.num_classes=null to train without labels"
+            )
+
+    def prepare_data(self) -> None:
+        """Read every image once, on one process of a node, so that the others find the result."""
+        for root in (self.root, self.val_root):
+            if root is not None:
+                unreadable(root, [entry.name for entry in entries(root)])
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is not None:
+            return
+        found = self._without_unreadable(self.root, self._entries)
+        if self.val_root is not None:
+            train, val = found, self._without_unreadable(self.val_root, entries(self.val_root))
+            if self.class_names is not None:
+                self._check_labelled(val, self.val_root, self.class_names)
+        else:
+            train, val = self._split(found)
+        self.train_set = self._dataset(self.root, train, horizontal_flip=self.horizontal_flip)
+        self.val_set = self._dataset(self.val_root or self.root, val)
+        classes = class_names(found)
+        if self.num_classes is None and classes:
+            rank_zero_info(
+                f"{self.root} has {len(classes)} classes, which are not used; "
+                f"set data.num_classes={len(classes)} to train on labels"
+            )
+
+    def _dataset(self, root: Path, found: Sequence[Entry], *, horizontal_flip: bool = False) -> FolderImages:
+        return FolderImages(
+            root,
+            found,
+            self.class_names,
+            channels=self.channels,
+            image_size=self.image_size,
+            seed=self.seed,
+            horizontal_flip=horizontal_flip,
+        )
+
+    def _without_unreadable(self, root: Path, found: list[Entry]) -> list[Entry]:
+        bad = unreadable(root, [entry.name for entry in found])
+        self.skipped |= bad
+        kept = [entry for entry in found if entry.name not in bad]
+        if not kept:
+            raise ValueError(f"none of the {len(found)} images in {root} can be read: {some(list(bad))}")
+        if bad:
+            reasons = some([f"{name} ({reason})" for name, reason in bad.items()])
+            rank_zero_warn(f"{len(bad)} of {len(found)} images in {root} cannot be read and are left out: {reasons}")
+        return kept
+
+    def _split(self, found: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+        """Set aside the names whose hash is small; at least one, if there are two."""
+        place = {entry.name: fold(0, "validation", entry.name) / 2**63 for entry in found}
+        bound = max(self.val_fraction, min(place.values()) + 2**-60)
+        train = [entry for entry in found if place[entry.name] >= bound]
+        val = [entry for entry in found if place[entry.name] < bound]
+        if not train:
+            raise ValueError(
+                f"{len(found)} images in {self.root} leave none to train on beside data.val_fraction={self.val_fraction}; "
+                "add images, lower it, or set data.val_root"
+            )
+        return train, val
