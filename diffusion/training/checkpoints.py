@@ -1,0 +1,183 @@
+"""How does a run survive being stopped? Atomic checkpoints at optimizer steps, on a schedule and on a signal.
+
+`checkpoints/last.ckpt` is all that a resumed run needs; `model.safetensors` is all that sampling needs.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from diffusion.checkpoint import atomic_write, save_model
+from diffusion.training.ema import EMA
+from diffusion.training.guard import NonFiniteLoss
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is usually told to send before it kills a job
+
+
+class Interrupted(Exception):
+    """A signal ended the run, after a checkpoint was written to `path`."""
+
+    def __init__(self, number: int, step: int, path: Path) -> None:
+        super().__init__(f"{signal.Signals(number).name} after step {step}; saved {path}")
+        self.number, self.step, self.path = number, step, path
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints so that a kill or a full disk leaves the previous file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with atomic_write(path) as partial:
+            torch.save(checkpoint, partial)
+
+
+class Checkpoints(Checkpoint):
+    """Keep `checkpoints/last.ckpt` current: every n optimizer steps, at the last one, and when a signal asks to stop.
+
+    `keep_every_n_steps` also keeps `checkpoints/step=0010000.ckpt`. `export` writes `model.safetensors` (the first
+    average where there is one) beside each checkpoint; `config` and `facts` go into its header (`save_model`).
+    A checkpoint is written after all that belongs to its step, validation included, so that a resumed run repeats
+    and omits nothing. SIGINT, SIGTERM and SIGUSR1 raise `Interrupted` from there; a second one stops at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        every_n_steps: int = 1000,
+        keep_every_n_steps: int | None = None,
+        export: bool = True,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep_every_n_steps", keep_every_n_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"callbacks.checkpoints.{name} is a number of optimizer steps >= 1, got {value}")
+        self.config, self.facts = config, facts
+        self.every_n_steps, self.keep_every_n_steps, self.export = every_n_steps, keep_every_n_steps, export
+        self.signal: int | None = None
+        self._last_step = 0
+        self._at_step = False  # no micro-batch has been added to the gradients since the last step
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:  # Lightning puts back what was there when the run ends
+                if hasattr(signal, name):
+                    signal.signal(getattr(signal, name), self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+        name = signal.Signals(number).name
+        print(f"{name}: stopping after this step with a checkpoint (once more stops at once)", file=sys.stderr)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        self._at_step = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if self._at_step and not validation_follows(trainer):
+            self._save_if_due(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._at_step:
+            self._save_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._at_step and self._saved_step != trainer.global_step:
+            self.save(trainer, pl_module)
+
+    def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        stopped = self._stopped(trainer)
+        if stopped or step % self.every_n_steps == 0 or step == trainer.max_steps or self._kept(step):
+            self.save(trainer, pl_module)
+        if stopped:
+            raise Interrupted(stopped, step, last_checkpoint(trainer.default_root_dir))
+
+    def _kept(self, step: int) -> bool:
+        return self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
+
+    def _stopped(self, trainer: Trainer) -> int | None:
+        """Return the signal that asks to stop; ranks agree on it, so that all stop after the same step."""
+        if trainer.world_size == 1:
+            return self.signal
+        heard = torch.tensor(float(self.signal or 0), device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(heard, reduce_op="max")) or None
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write last.ckpt, then model.safetensors. Raises OSError (the previous files stay) or `NonFiniteLoss`."""
+        if trainer.fast_dev_run:
+            return
+        norm = nn.utils.get_total_norm(list(pl_module.net.parameters()))
+        if not torch.isfinite(norm):
+            raise NonFiniteLoss(f"the weights became non-finite at or before step {trainer.global_step}")
+        run_dir = Path(trainer.default_root_dir)
+        for logger in trainer.loggers:
+            logger.save()  # the rows up to this step, before the checkpoint that says they are done
+        path = last_checkpoint(run_dir)
+        trainer.save_checkpoint(path)
+        self._saved_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        if self._kept(trainer.global_step):
+            keep(path, path.with_name(f"step={trainer.global_step:07d}.ckpt"))
+        if self.export:
+            export_model(run_dir / "model.safetensors", trainer, pl_module, self.config, self.facts)
+
+
+def last_checkpoint(run_dir: str | Path) -> Path:
+    """Return where the run in `run_dir` keeps the checkpoint that it resumes from."""
+    return Path(run_dir) / "checkpoints" / "last.ckpt"
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Tell in `on_train_batch_end` whether Lightning is about to validate, by its rules for counting batches."""
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or every is None or every == float("inf"):
+        return False
+    epochs = trainer.check_val_every_n_epoch
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return (trainer.current_epoch + 1) % epochs == 0 and (trainer.fit_loop.batch_idx + 1) % every == 0
+
+
+def keep(source: Path, target: Path) -> None:
+    """Give a file a second name that outlives the first: a hard link where the file system has them, else a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with atomic_write(target) as partial:
+            shutil.copyfile(source, partial)
+
+
+def export_model(
+    path: Path, trainer: Trainer, task: LightningModule, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write the network with its first average, or its raw weights where none is kept, and what rebuilds it."""
+    ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA) and callback.averages), None)
+    with ema.swapped(task.net) if ema else nullcontext():
+        save_model(
+            path,
+            task.net,
+            config,
+            weights="ema" if ema else "raw",
+            step=trainer.global_step,
+            facts=facts,
+            ema_decay=ema.decays[0] if ema else None,
+        )

@@ -1,0 +1,39 @@
+"""How does the learning rate change? Factors of the optimizer's own rate, in optimizer steps.
+
+Each function takes an optimizer and returns a scheduler that Lightning steps once an optimizer step.
+"""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_constant(optimizer: Optimizer, *, warmup_steps: int = 0) -> LambdaLR:
+    """Rise linearly over `warmup_steps` (the first step is not zero), then stay."""
+    _check("warmup_steps", warmup_steps)
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1)))
+
+
+def warmup_cosine(
+    optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
+) -> LambdaLR:
+    """Rise linearly over `warmup_steps`, then fall on a half cosine to `final_fraction` at `total_steps`."""
+    _check("warmup_steps", warmup_steps)
+    if total_steps <= warmup_steps:
+        raise ValueError(
+            f"lr_scheduler.total_steps={total_steps} leaves no steps after warmup_steps={warmup_steps}; it follows "
+            "trainer.max_steps, so train longer or warm up for fewer steps"
+        )
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / (warmup_steps + 1))
+        done = min(1.0, max(0.0, (step - warmup_steps) / (total_steps - warmup_steps)))
+        return rise * (final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * done)) / 2)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _check(name: str, steps: int) -> None:
+    if steps < 0:
+        raise ValueError(f"lr_scheduler.{name} is a number of steps, got {steps}")

@@ -1,0 +1,175 @@
+"""What is measured while training, and where does it go? One row every n steps, to metrics.csv and to each logger.
+
+A resumed run continues the file: rows after its checkpoint are dropped, and written again.
+"""
+
+import csv
+import io
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+
+from diffusion.checkpoint import atomic_write
+
+GIB = 2**30
+
+
+class TrainingLog(Callback):
+    """Log losses, gradient norm before clipping, learning rate, images/s and peak memory every `log_every_n_steps`.
+
+    Steps are optimizer steps done, for training and validation alike. `latest` is what the progress line shows.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self._last_step = 0
+        self._images = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step, self._images, self._since = trainer.global_step, 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self._images += len(batch["image"])
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+            self._record(trainer, self._row(trainer, pl_module))
+
+    def _row(self, trainer: Trainer, task: LightningModule) -> dict[str, float]:
+        row = task.pop_losses()
+        if task.gradient_norm is not None:
+            row["train/grad_norm"] = float(task.gradient_norm)
+        row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        now = time.perf_counter()
+        row["train/images_per_second"] = self._images * trainer.world_size / max(now - self._since, 1e-9)
+        row["train/memory_gb"] = peak_memory(task.device) / GIB
+        self._images, self._since = 0, now
+        return row
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self._record(trainer, metrics)
+
+    def _record(self, trainer: Trainer, row: dict[str, float]) -> None:
+        self.latest.update(row)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes used so far: of the GPU's memory by tensors, or of main memory by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class MetricsCSV(Logger):
+    """Write metrics to one CSV file, one row a step, with columns added as metrics appear.
+
+    `resume_step` keeps the rows up to that step and drops later ones, which a resumed run writes again; None starts
+    the file anew.
+    """
+
+    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._pending: dict[str, float] = {}
+        rows = [] if resume_step is None else [row for row in read_rows(self.path) if int(row["step"]) <= resume_step]
+        self._columns = list(rows[0]) if rows else ["step"]
+        if self.path.exists():
+            self._rewrite(rows)
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add to the row of this step; a row is written when the next one begins, and on `save`."""
+        if self._pending and self._pending["step"] != step:
+            self.save()
+        self._pending.update({"step": step, **metrics})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder holds config.yaml."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self._pending:
+            return
+        row, self._pending = self._pending, {}
+        new = [column for column in row if column not in self._columns]
+        if new or not self.path.exists():
+            self._columns += new
+            self._rewrite([*read_rows(self.path), row])
+            return
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            file.write(as_csv(self._columns, [row]))
+
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        header = dict(zip(self._columns, self._columns, strict=True))
+        with atomic_write(self.path, durable=False) as partial:
+            partial.write_text(as_csv(self._columns, [header, *rows]), encoding="utf-8", newline="")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, without a last line that a kill cut short; [] where there is no file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
+def as_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        values = (row.get(column, "") for column in columns)
+        writer.writerow(f"{value:.8g}" if isinstance(value, float) else value for value in values)
+    return text.getvalue()
+
+
+def tensorboard_logger(*, run_dir: Path, config: Mapping[str, Any]) -> TensorBoardLogger:
+    """Write TensorBoard events, and the config as text, to run_dir/tensorboard."""
+    logger = TensorBoardLogger(save_dir=run_dir, name="tensorboard", version="")
+    if rank_zero_only.rank == 0:
+        logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```")
+    return logger
+
+
+def wandb_logger(*, run_dir: Path, config: Mapping[str, Any], **settings: Any) -> WandbLogger:
+    """Log to Weights & Biases with the config as a dictionary; a resumed run continues the same W&B run.
+
+    `settings` are those of `wandb.init` (project, name, tags, ...) and `offline=True`, which needs no network.
+    """
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    run_id = id_file.read_text(encoding="utf-8").strip()
+    resume = None if settings.get("offline") else "allow"  # an offline run cannot look up what it continues
+    return WandbLogger(save_dir=run_dir, id=run_id, resume=resume, config=dict(config), **settings)

@@ -1,0 +1,225 @@
+"""How does a composed config become a run? Build every object, find out where to go on, fit, and leave a model.
+
+The same command again is the resume command: a run folder that has `checkpoints/last.ckpt` continues from it.
+"""
+
+import functools
+import logging
+import pickle
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.tree import Tree
+
+from diffusion.checkpoint import atomic_write
+from diffusion.randomness import fold
+from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, export_model, last_checkpoint
+from diffusion.training.denoiser import DenoiserTask
+from diffusion.training.metrics import MetricsCSV
+
+# What `task` says on behalf of other nodes: `diffusion` refers to these.
+NOT_ARGUMENTS = ("parameterization", "variance")
+# What a callback given as `_partial_: true` is completed with, by its name in `callbacks`.
+CALLBACK_FACTS = {"checkpoints": ("config", "facts"), "samples": ("shape",)}
+
+
+def train(cfg: Any) -> Path:
+    """Train as the composed config says and return the run folder. Ctrl-C and SIGTERM exit with 130 and 143.
+
+    Raises ValueError for what the user can mend: a resume path that is not there, a folder that holds another run,
+    a loss that is not finite.
+    """
+    config = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
+    run_dir = Path(config["run_dir"])
+    checkpoint = resume_path(config.get("resume", "auto"), run_dir)
+    print_tree(config)
+    quieten_lightning()
+    resumed_step = None if checkpoint is None else read_step(checkpoint)
+    report_start(run_dir, checkpoint, resumed_step, config)
+    fast_dev_run = bool(config["trainer"].get("fast_dev_run"))
+    if not fast_dev_run:
+        save_config(config, run_dir)
+
+    task, data = build_task(config), build(config["data"])
+    facts = {
+        "shape": list(data.shape),
+        "num_classes": data.num_classes,
+        "class_names": None if data.class_names is None else list(data.class_names),
+        "condition_drop": task.condition_drop,
+    }
+    callbacks = build_callbacks(config, facts, data)
+    trainer = build_trainer(config, run_dir, callbacks, None if fast_dev_run else resumed_step)
+    fit(trainer, task, data, checkpoint)
+    if not fast_dev_run and trainer.is_global_zero:
+        export_model(run_dir / "model.safetensors", trainer, task, config, facts)
+        print(f"{run_dir / 'model.safetensors'} holds the model of step {trainer.global_step}", file=sys.stderr)
+    return run_dir
+
+
+def fit(trainer: Trainer, task: DenoiserTask, data: LightningDataModule, checkpoint: Path | None) -> None:
+    """Run the training loop; a signal ends the program with its own status after saying how to go on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except Interrupted as stop:
+        # A default run_dir has the time in it, so the folder must be named.
+        words = [word for word in sys.argv if not word.startswith("run_dir=")]
+        print(
+            f"stopped after step {stop.step} of {trainer.max_steps}; to go on: "
+            f"{' '.join(words)} run_dir={trainer.default_root_dir}",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + stop.number) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where to go on
+
+
+def resume_path(resume: str | bool | None, run_dir: Path) -> Path | None:
+    """Return the checkpoint to start from. auto: the run's own, if any; a path: that file or run; false: none.
+
+    Raises ValueError for a path that does not exist, and for resume=false in a folder that holds a run.
+    """
+    own = last_checkpoint(run_dir)
+    if resume == "auto":
+        return own if own.exists() else None
+    if not resume:
+        if own.exists():
+            raise ValueError(f"{run_dir} already holds a run; give another run_dir, or resume=auto to continue it")
+        return None
+    path = Path(str(resume))
+    path = last_checkpoint(path) if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"resume={resume}: there is no {path}; give a .ckpt file, a run folder, auto or false")
+    return path
+
+
+def read_step(checkpoint: Path) -> int:
+    """Return the optimizer steps done in a checkpoint. Raises ValueError for a file that is no checkpoint of ours."""
+    try:
+        return int(torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)["global_step"])
+    except (RuntimeError, KeyError, TypeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"cannot resume from {checkpoint}: it is damaged or no checkpoint of train.py ({reason}); "
+            "take another checkpoint of the run, or start anew with another run_dir"
+        ) from error
+
+
+def report_start(run_dir: Path, checkpoint: Path | None, step: int | None, config: Mapping[str, Any]) -> None:
+    """Say what is about to happen, and what has changed in the config since the run began."""
+    if checkpoint is None:
+        print(f"training in {run_dir}", file=sys.stderr)
+        return
+    max_steps = config["trainer"]["max_steps"]
+    if 0 < max_steps <= step:
+        print(f"{run_dir} has finished its {step} steps; raise trainer.max_steps to go on", file=sys.stderr)
+    else:
+        print(f"going on after step {step} of {checkpoint}", file=sys.stderr)
+    before = run_dir / "config.yaml"
+    if before.exists():
+        old, new = flat(yaml.safe_load(before.read_text(encoding="utf-8"))), flat(config)
+        for key in sorted((old.keys() | new.keys()) - {"resume"}):
+            if old.get(key) != new.get(key):
+                print(f"  changed: {key}: {old.get(key)} -> {new.get(key)}", file=sys.stderr)
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested mappings."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    children = (flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
+    return {key: value for child in children for key, value in child.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# building
+
+
+def build(node: Mapping[str, Any] | None) -> Any:
+    """Build the object that a config node describes; an empty node (`ema=none`) is None."""
+    return instantiate(dict(node), _convert_="all") if node else None
+
+
+def build_task(config: Mapping[str, Any]) -> DenoiserTask:
+    """Build the task with a network whose initial weights are a function of `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(fold(config["seed"], "init"))
+        net = build(config["net"])
+    settings = {key: value for key, value in config["task"].items() if key not in NOT_ARGUMENTS}
+    make = instantiate({**settings, "_partial_": True}, _convert_="all")
+    return make(
+        net,
+        build(config["diffusion"]),
+        loss=build(config["loss"]),
+        timestep_sampler=build(config.get("timestep_sampler")),
+        optimizer=build(config["optimizer"]),
+        lr_scheduler=build(config.get("lr_scheduler")),
+        seed=config["seed"],
+    )
+
+
+def build_callbacks(config: Mapping[str, Any], facts: Mapping[str, Any], data: LightningDataModule) -> list[Callback]:
+    """Build the callbacks in their order: averages first, so that all others see the step's final weights."""
+    callbacks = []
+    for name, node in {"ema": config.get("ema"), **(config.get("callbacks") or {})}.items():
+        callback = build(node)
+        if isinstance(callback, functools.partial):  # `_partial_: true` asks for what only a run knows
+            known = {"config": config, "facts": facts, "shape": data.shape}
+            callback = callback(**{key: known[key] for key in CALLBACK_FACTS.get(name, ())})
+        if callback is not None:
+            callbacks.append(callback)
+    return callbacks
+
+
+def build_trainer(
+    config: Mapping[str, Any], run_dir: Path, callbacks: list[Callback], resumed_step: int | None
+) -> Trainer:
+    """Build Lightning's trainer with our loggers, writing checkpoints atomically into `run_dir`."""
+    settings = dict(config["trainer"])
+    loggers: list[Any] | bool = False
+    if not settings.get("fast_dev_run"):
+        extra = [build(node) for node in (config.get("logger") or {}).values()]
+        loggers = [MetricsCSV(run_dir / "metrics.csv", resume_step=resumed_step)]
+        loggers += [logger(run_dir=run_dir, config=config) for logger in extra]
+    make = instantiate({**settings, "_partial_": True}, _convert_="all")
+    return make(default_root_dir=str(run_dir), callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for people
+
+
+def save_config(config: Mapping[str, Any], run_dir: Path) -> None:
+    """Write the resolved config to run_dir/config.yaml."""
+    with atomic_write(run_dir / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+
+
+def print_tree(config: Mapping[str, Any]) -> None:
+    """Print the resolved config as a tree, a branch a group."""
+    tree = Tree("config")
+    for key, node in config.items():
+        if isinstance(node, Mapping) and node:
+            tree.add(f"[bold]{key}[/bold]").add(yaml.safe_dump(dict(node), sort_keys=False).rstrip(), highlight=True)
+        else:
+            tree.add(f"[bold]{key}[/bold]: {node}")
+    Console(stderr=True).print(tree)
+
+
+def quieten_lightning() -> None:
+    """Keep Lightning's advertisements and its table of devices out of the log; its warnings stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,129 @@
+"""What does the model draw by now? Pictures of the same seeds every n steps, with and without averaged weights.
+
+Everything drawn has its own generator and the network is only read, so the training's numbers do not change.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+
+from diffusion.generate import generate, guidance_for
+from diffusion.images import grid, save_png, to_uint8
+from diffusion.sampling import Sampler
+from diffusion.training.ema import EMA
+
+HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "16-true": torch.float16}
+
+
+class SampleGrid(Callback):
+    """Draw a picture every `every_n_steps` optimizer steps and at the last one: a row a class, a column a seed.
+
+    `shape` is (C, H, W). `classes` None takes at most `rows` classes, evenly spaced; a model without classes gets
+    `rows` rows. Files: run_dir/samples/step=0001000_ema.png and ..._raw.png; TensorBoard and W&B get them, too.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        guidance: Any,
+        *,
+        shape: Sequence[int],
+        every_n_steps: int = 1000,
+        classes: Sequence[int] | None = None,
+        rows: int = 10,
+        columns: int = 8,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("rows", rows), ("columns", columns)):
+            if value < 1:
+                raise ValueError(f"callbacks.samples.{name} must be at least 1, got {value}")
+        self.sampler, self.guidance, self.shape = sampler, guidance, tuple(shape)
+        self.every_n_steps, self.classes, self.rows, self.columns, self.seed = (
+            every_n_steps,
+            classes,
+            rows,
+            columns,
+            seed,
+        )
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self.sampler.timesteps(pl_module.diffusion.schedule)  # a grid that does not fit fails now, not in an hour
+        settings = {"num_classes": pl_module.net.num_classes, "condition_drop": pl_module.condition_drop}
+        self.guidance = guidance_for(self.guidance, **settings)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and trainer.is_global_zero:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, task: LightningModule) -> None:
+        """Draw, write and log one picture of the raw weights and one of the first average."""
+        step, training = trainer.global_step, task.net.training
+        task.net.eval()
+        try:
+            for name, weights in self._weights(trainer, task):
+                with weights:
+                    images = self._images(trainer, task)
+                picture = grid(images, self.columns)
+                if not trainer.fast_dev_run:
+                    save_png(picture, Path(trainer.default_root_dir) / "samples" / f"step={step:07d}_{name}.png")
+                log_picture(trainer, f"samples/{name}", picture)
+        except ValueError as error:  # samples that are not finite: training may still get there
+            rank_zero_warn(f"no sample picture at step {step}: {error}")
+        finally:
+            task.net.train(training)
+
+    def _weights(self, trainer: Trainer, task: LightningModule) -> Iterator[tuple[str, AbstractContextManager]]:
+        yield "raw", nullcontext()
+        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        if ema is not None:
+            yield "ema", ema.swapped(task.net)
+
+    def _images(self, trainer: Trainer, task: LightningModule) -> np.ndarray:
+        """Return uint8 images (rows * columns, H, W, C), a row at a time."""
+        rows = []
+        for row, label in enumerate(self._rows(task.net.num_classes)):
+            seeds = range(self.seed + row * self.columns, self.seed + (row + 1) * self.columns)
+            images = generate(
+                task.net,
+                task.diffusion,
+                self.sampler,
+                self.guidance,
+                shape=self.shape,
+                seeds=seeds,
+                labels=None if label is None else [label] * self.columns,
+                device=task.device,
+                dtype=HALF.get(trainer.precision, torch.float32),
+            )
+            rows.append(to_uint8(images))
+        return np.concatenate(rows)
+
+    def _rows(self, num_classes: int | None) -> list[int | None]:
+        if num_classes is None:
+            return [None] * self.rows
+        if self.classes is not None:
+            return list(self.classes)
+        count = min(self.rows, num_classes)
+        return [i * num_classes // count for i in range(count)]
+
+
+def log_picture(trainer: Trainer, name: str, picture: Image.Image) -> None:
+    """Hand a picture to the loggers that show pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture], step=trainer.global_step)
