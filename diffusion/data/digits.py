@@ -15,10 +15,10 @@ class Digits(ImageData):
     """Pixels 0..16 become x / 8 - 1, exactly invertible; train is the first 1,200 images, validation the last 597.
 
     The images come writer by writer (13 of them, says the UCI description): the labels repeat one sequence, which
-    begins 0..9, 0..9 at positions 0, 130, 256, 386, ..., 1029, 1157, 1287, 1415, 1545, 1667, every 122 to 130 images.
-    So this cut splits one of the 14 sequences (1157 to 1286: 43 images before it, 87 after) and separates all others;
-    a random split would put every writer on both sides. All ten classes have 117 to 123 images in train, 55 to 62 in
-    validation. No mirrors: a mirrored digit is no digit.
+    begins 0..9, 0..9 at positions 0, 130, 256, 386, ..., 1029, 1157, 1287, 1415, 1667, every 122 to 130 images. So this
+    cut splits one of the 14 sequences (1157 to 1286: 43 images before it, 87 after) and separates all others; a random
+    split would put every writer on both sides. All ten classes have 117 to 123 images in train, 55 to 62 in validation.
+    No mirrors: a mirrored digit is no digit.
     """
 
     def __init__(

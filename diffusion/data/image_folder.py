@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion.data.base import ImageData
 from diffusion.data.images import ImageSet
-from diffusion.data.listing import UNREADABLE, Entry, class_names, entries, some, unreadable
+from diffusion.data.listing import UNREADABLE, Entry, class_names, decode, entries, some, unreadable
 from diffusion.randomness import fold
 
 MODES = {1: "L", 3: "RGB"}
@@ -28,9 +28,8 @@ def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
 
     Lanczos with its support widened to the scale (Pillow's own way), so that large photographs do not alias.
     """
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):  # 16 bits: Pillow would cut values off at 255
+    image = decode(path)
+    if image.mode.startswith("I"):  # 16 bits: Pillow would cut values off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -100,6 +99,8 @@ class ImageFolder(ImageData):
     - or `root/CLASS/...`: the folders' names, sorted, are the classes 0, 1, ...;
     - or images anywhere below `root`.
 
+    Classes are numbered in the order of their names; names that are numbers below `num_classes` keep those.
+
     `num_classes=None` trains without labels, whatever the folders. A `val_root` of the same layout serves validation;
     without it, `val_fraction` of the images are set aside by a hash of their names, so that adding images moves none.
     Unreadable images are left out, with a warning that counts and names them (`skipped` keeps {name: reason}).
@@ -147,6 +148,9 @@ class ImageFolder(ImageData):
     def _classes(self) -> tuple[str, ...]:
         """Name the classes, which must be as many as `num_classes` and cover every image."""
         names = class_names(self._entries)
+        numbers = tuple(str(number) for number in range(self.num_classes))
+        if names and set(names) <= set(numbers):
+            names = numbers  # class numbers, of which some may be missing here
         if len(names) != self.num_classes:
             found = f"{len(names)} classes ({some(list(names))})" if names else "no class folders and no labels"
             fix = f"data.num_classes={len(names)}" if names else "data.num_classes=null (no labels)"
@@ -212,12 +216,12 @@ class ImageFolder(ImageData):
     def _split(self, found: list[Entry]) -> tuple[list[Entry], list[Entry]]:
         """Set aside the names whose hash is small; at least one, if there are two."""
         place = {entry.name: fold(0, "validation", entry.name) / 2**63 for entry in found}
-        bound = max(self.val_fraction, min(place.values()) + 2**-60)
-        train = [entry for entry in found if place[entry.name] >= bound]
-        val = [entry for entry in found if place[entry.name] < bound]
+        bound = max(self.val_fraction, min(place.values()))
+        train = [entry for entry in found if place[entry.name] > bound]
+        val = [entry for entry in found if place[entry.name] <= bound]
         if not train:
             raise ValueError(
-                f"{len(found)} images in {self.root} leave none to train on beside data.val_fraction={self.val_fraction}; "
-                "add images, lower it, or set data.val_root"
+                f"{len(found)} images in {self.root} leave none to train on beside "
+                f"data.val_fraction={self.val_fraction}; add images, lower it, or set data.val_root"
             )
         return train, val

@@ -6,19 +6,20 @@ one truncated file from ending a run after hours.
 
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.progress import track
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 METADATA = "metadata.jsonl"
 CACHE = ".diffusion_scan.json"
 # What Pillow raises for files that are not, or not wholly, an image; a bomb is one too large to be honest.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class Entry(NamedTuple):
@@ -66,6 +67,9 @@ def described(root: Path) -> Iterator[Entry]:
         try:
             fields = json.loads(line)
             name = Path(fields["file_name"]).as_posix()
+            caption = fields.get("caption", fields.get("text"))
+            if not isinstance(caption, str | None):
+                raise TypeError("a caption is text")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{root / METADATA}, line {number}: expected {{"file_name": "...", "caption": "...", "label": ...}}, '
@@ -74,7 +78,7 @@ def described(root: Path) -> Iterator[Entry]:
         label = fields.get("label", name.split("/")[0] if "/" in name else None)
         if not (root / name).is_file():
             missing.append(name)
-        yield Entry(name, None if label is None else str(label), fields.get("caption", fields.get("text")))
+        yield Entry(name, None if label is None else str(label), caption)
     if missing:
         raise ValueError(
             f"{root / METADATA} names {len(missing)} files that do not exist in {root.absolute()}: "
@@ -114,11 +118,16 @@ def mark(path: Path) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
+def decode(path: Path) -> Image.Image:
+    """Read an image in full and turn it upright, as its camera noted."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image)
+
+
 def failure(path: Path) -> str | None:
     """Why an image cannot be read, or None."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        decode(path)
     except UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
     return None
