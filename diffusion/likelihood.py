@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .process import GaussianDiffusion, Prediction, interpolated_variance, posterior_mean, q_sample, variances
+from .process import (
+    GaussianDiffusion,
+    Prediction,
+    last_variances,
+    posterior_mean,
+    q_sample,
+    reverse_variance,
+    variances,
+)
 from .schedule import CLEAN, Level, Schedule
 
 
@@ -44,22 +52,15 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 
 def reverse_log_variance(
-    diffusion: GaussianDiffusion, p: Prediction, t: Tensor, s: Tensor, first_posterior: float
+    diffusion: GaussianDiffusion, p: Prediction, t: Tensor, s: Tensor, before_last: float
 ) -> tuple[Tensor, Tensor]:
-    """Log variances of q(x_s | x_t, x0) and of the model's p(x_s | x_t), finite on the way to CLEAN as well.
-
-    There q's variance is zero; DDPM scores the decoder with `first_posterior`, the posterior variance one step
-    earlier, for posterior and jump alike (a learned variance keeps jump as its upper end).
-    """
+    """Log variances of q(x_s | x_t, x0) and of the model's p(x_s | x_t), both finite by `last_variances`."""
     jump, posterior = variances(diffusion.schedule.level(t), diffusion.schedule.level(s))
-    first = (s == CLEAN).view(-1, 1, 1, 1)
-    posterior = torch.where(first, torch.full_like(posterior, first_posterior), posterior)
-    log_posterior = posterior.log().to(p.x0)
-    if diffusion.variance == "learned":
-        return log_posterior, interpolated_variance(p.var_frac, jump, posterior).log()
-    if diffusion.variance == "jump":
-        return log_posterior, torch.where(first, posterior, jump).log().to(p.x0)
-    return log_posterior, log_posterior
+    last = (s == CLEAN).view(-1, 1, 1, 1)
+    last_jump, last_posterior = last_variances(diffusion.variance, jump, before_last)
+    jump, posterior = torch.where(last, last_jump, jump), torch.where(last, last_posterior, posterior)
+    log_var = reverse_variance(diffusion.variance, jump, posterior, p.var_frac).log()
+    return posterior.log().to(p.x0), log_var.to(p.x0)
 
 
 class Chain:
@@ -74,7 +75,7 @@ class Chain:
         self._previous[list(self.timesteps)] = torch.tensor(grid[1:])
         levels = [schedule.level(t) for t in grid[-3:]]
         # A chain of one step has no earlier posterior; its own jump is the only variance there is.
-        self.first_posterior = variances(*levels[:2])[1 if len(levels) == 3 else 0]
+        self.before_last = variances(*levels[:2])[1 if len(levels) == 3 else 0]
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -102,7 +103,7 @@ def vlb_term(
     """
     chain = chain or chain_of(diffusion.schedule)
     s = chain.previous(t)
-    true_log_var, log_var = reverse_log_variance(diffusion, p, t, s, chain.first_posterior)
+    true_log_var, log_var = reverse_log_variance(diffusion, p, t, s, chain.before_last)
     here, there = diffusion.schedule.level(t).to(x), diffusion.schedule.level(s).to(x)
     mean = posterior_mean(p.x0, x, here, there)
     kl = normal_kl(posterior_mean(x0, x, here, there), true_log_var, mean, log_var)

@@ -3,6 +3,7 @@
 x_t = alpha_t x0 + sigma_t eps. DDPM (arXiv 2006.11239), DDIM (2010.02502), iDDPM (2102.09672), v (2202.00512).
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,30 +105,48 @@ def transition(
     """Return mean and variance of the move here -> there. Every sampler ends in this function.
 
     DDIM eq. 12 with sigma^2 = eta^2 posterior; eta = 1 is DDPM's posterior mean. `variance` replaces the variance and
-    not the mean: "jump" is DDPM's other choice, "learned" interpolates the logarithms (iDDPM eq. 15).
+    not the mean.
     """
+    if eta == 0 and variance == "posterior":  # DDIM, and inversion, which may start at sigma = 0
+        return mix(there.alpha, p.x0, there.sigma, p.eps), 0.0
     jump, posterior = variances(here, there)
     direction = _at_least(there.sigma**2 - eta**2 * posterior, 0.0) ** 0.5
-    mean = mix(there.alpha, p.x0, direction, p.eps)
+    return mix(there.alpha, p.x0, direction, p.eps), reverse_variance(variance, jump, eta**2 * posterior, p.var_frac)
+
+
+def reverse_variance(
+    variance: str, jump: float | Tensor, posterior: float | Tensor, var_frac: Tensor | None = None
+) -> float | Tensor:
+    """Return the model's Var[x_s | x_t]: one of DDPM's two choices, or exp(v log jump + (1 - v) log posterior).
+
+    The last is iDDPM eq. 15 with v = var_frac; 1e-20 stands for a posterior variance of zero.
+    """
     match variance:
         case "posterior":
-            return mean, eta**2 * posterior
+            return posterior
         case "jump":
-            return mean, jump
-        case "learned" if p.var_frac is not None:
-            return mean, interpolated_variance(p.var_frac, jump, posterior)
-        case "learned":
+            return jump
+        case "learned" if var_frac is None:
             raise ValueError("variance=learned needs a network with a variance head; this one predicts the mean only")
+        case "learned":
+            high, low = (_log(_at_least(value, 1e-20)) for value in (jump, posterior))
+            if isinstance(low, Tensor):
+                high, low = high.to(var_frac), low.to(var_frac)
+            return torch.exp(low + (high - low) * var_frac)
     raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
 
 
-def interpolated_variance(var_frac: Tensor, jump: float | Tensor, posterior: float | Tensor) -> Tensor:
-    """iDDPM eq. 15: exp(v log jump + (1 - v) log posterior); 1e-20 stands for the last step's zero posterior."""
-    logs = [torch.as_tensor(_at_least(v, 1e-20), dtype=torch.float64).log() for v in (jump, posterior)]
-    low, span = logs[1], logs[0] - logs[1]
-    if low.ndim:
-        return torch.exp(low.to(var_frac) + span.to(var_frac) * var_frac)
-    return torch.exp(low.item() + span.item() * var_frac)
+def _log(value: float | Tensor) -> float | Tensor:
+    return value.log() if isinstance(value, Tensor) else math.log(value)
+
+
+def last_variances(variance: str, jump: float | Tensor, before: float) -> tuple[float | Tensor, float]:
+    """Return the jump and posterior variance to use on the move to CLEAN, where the true posterior variance is zero.
+
+    The bound needs one there, and guided-diffusion shifts by it: DDPM takes the posterior variance of the move
+    `before`, for variance="jump" as well; a learned variance keeps jump as its upper end.
+    """
+    return (before if variance == "jump" else jump), before
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .guidance import Levels, clip_x0, threshold_x0
-from .process import VARIANCE_ALIASES, VARIANCES, GaussianDiffusion, Prediction, transition
+from .process import (
+    VARIANCE_ALIASES,
+    VARIANCES,
+    GaussianDiffusion,
+    Prediction,
+    last_variances,
+    reverse_variance,
+    transition,
+    variances,
+)
 from .randomness import fold
 from .schedule import CLEAN, SPACINGS, Schedule
 from .solvers import History, euler
@@ -76,16 +85,23 @@ def step(
 
     `ask` chooses at which end of the interval an inversion asks the network: max is the noisier one (null-text
     inversion), min the cleaner (guided-diffusion). `shift(x, t)` is a classifier's gradient: variance times it is
-    added to the mean (2105.05233, algorithm 1). No noise is drawn for eta = 0 or on the way to CLEAN.
+    added to the mean (2105.05233, algorithm 1); on the move to CLEAN that is nothing with variance="posterior" and
+    the variance of `last_variances` otherwise. No noise is drawn for eta = 0 or on the move to CLEAN.
     """
     here, there = level(t), level(s)
     if s < t:
         p = denoise(x, t)
+    elif eta != 0:
+        raise ValueError(f"inversion (from timestep {t} up to {s}) is deterministic; use eta=0, not {eta}")
     else:
+        variance = "posterior"
         p = denoise(x, ask(t, s))
         p = Prediction.from_eps(x, p.eps, here, p.var_frac)
     history = ((t, p), *history[:3])
     mean, var = transition(solver(denoise, level, x, t, s, history), here, there, eta, variance)
+    if shift is not None and s == CLEAN and len(history) > 1 and variance != "posterior":
+        before = variances(level(history[1][0]), here)[1]
+        var = reverse_variance(variance, *last_variances(variance, variances(here, there)[0], before), p.var_frac)
     if shift is not None:
         mean = mean + var * shift(x, t)
     if eta == 0 or s == CLEAN:

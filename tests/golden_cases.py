@@ -1,0 +1,53 @@
+"""Reference cases made by running the original codebases: found by name, driven by the config each file carries.
+
+`DIFFUSION_GOLDEN=DIR pytest` runs the same tests on every case of the same kinds in another folder.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+GOLDEN = Path(os.environ.get("DIFFUSION_GOLDEN", Path(__file__).parent / "golden"))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: dict
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below `prefix.`, without it; float16 weights are exact in float32."""
+        found = {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+        return {k: v.float() if v.dtype == torch.float16 else v for k, v in found.items()}
+
+
+def names(pattern: str) -> list[str]:
+    """Names such as "gd/loop_0_ddpm_linear_10" of the files that match a glob such as "gd/loop_*"."""
+    found = sorted(str(p.relative_to(GOLDEN).with_suffix("")) for p in GOLDEN.glob(pattern + ".safetensors"))
+    assert found, f"no golden file matches {pattern} in {GOLDEN}"
+    return found
+
+
+@cache
+def load(name: str) -> Case:
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        return Case(name, config, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: str = "") -> None:
+    """|ours - theirs| <= tolerance * max(1, max|theirs|), elementwise."""
+    assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
+    error = (ours.double() - theirs.double()).abs().max().item()
+    bound = tolerance * max(1.0, theirs.double().abs().max().item())
+    assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
