@@ -1,0 +1,164 @@
+"""From a model to samples: which labels and seeds, in which batches, at which precision.
+
+Shared by sample.py and by the pictures made during training. Image i depends on `seed + i` alone.
+"""
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.guidance import NoGuidance
+from diffusion.process import GaussianDiffusion
+from diffusion.sampling import SampleNoise, Sampler
+
+NULL_LABEL = -1
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Batch(NamedTuple):
+    """Finished samples: `images` (B, C, H, W) float32 on the CPU, made from `seeds`, of the classes `labels`."""
+
+    seeds: list[int]
+    labels: list[int] | None
+    images: Tensor
+
+
+def choose_labels(labels: Sequence[int] | int | None, num_samples: int, num_classes: int | None) -> list[int] | None:
+    """Return a label for each sample: the given ones repeat, without any all classes take turns; None: no classes."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError(f"labels={labels} for a model without classes; leave labels out")
+        return None
+    given = list(range(num_classes)) if labels is None else [labels] if isinstance(labels, int) else list(labels)
+    wrong = [x for x in given if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < num_classes]
+    if wrong or not given:
+        raise ValueError(
+            f"labels={given} must be whole numbers from 0 to {num_classes - 1}, this model's classes"
+            + (f"; {wrong} are not" if wrong else "; the list is empty")
+        )
+    return [given[i % len(given)] for i in range(num_samples)]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the named device; "auto" is the best one here. Raises ValueError where this machine has no such device."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used here ({reason}); use device=auto or device=cpu") from error
+    return device
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Return the dtype of this name, one of `DTYPES`."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def guidance_for(guidance: Any, *, num_classes: int | None, condition_drop: float) -> Any:
+    """Return the guidance to use with such a model, with a warning where it cannot do what it is for."""
+    if getattr(guidance, "guidance_scale", 1) == 1:
+        return guidance
+    if num_classes is None:
+        warnings.warn("this model has no classes to guide towards: sampling without guidance", stacklevel=2)
+        return NoGuidance()
+    if not condition_drop:
+        warnings.warn(
+            f"guidance_scale={guidance.guidance_scale}, but this model was trained without condition drop: what it "
+            "answers without a label means nothing, so guidance will hurt. Use guidance=none, or train with "
+            "task.condition_drop=0.1",
+            stacklevel=2,
+        )
+    return guidance
+
+
+def generate(
+    net: nn.Module,
+    diffusion: GaussianDiffusion,
+    sampler: Sampler,
+    guidance: Any,
+    *,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    pad_to: int = 1,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Draw one batch (B, C, H, W), in [-1, 1] for pixels, as float32 on the CPU. Sample i depends on `seeds[i]` alone.
+
+    The network is used as it is (call `.eval()` and `.to(device)` first); in bfloat16 and float16 it runs under
+    autocast while the sampler's arithmetic stays float32; float64 needs a network in float64. Matrix kernels round
+    differently for small and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself
+    with spare samples that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. Raises
+    ValueError for samples that are not finite.
+    """
+    wanted = len(seeds)
+    seeds, labels = padded(seeds, pad_to), None if labels is None else padded(labels, pad_to)
+    device = torch.device(device)
+    condition = {} if labels is None else {"label": torch.tensor(labels, device=device)}
+    null = {name: torch.full_like(value, NULL_LABEL) for name, value in condition.items()}
+    denoise = guidance(diffusion, net, condition, null)
+    noise = SampleNoise(seeds, device=device)
+    x = noise.initial(shape).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device.type, dtype) if half else contextlib.nullcontext():
+        for state in sampler.states(diffusion, denoise, x, noise=noise):
+            x = state.x
+            if on_step is not None:
+                on_step()
+    images = x[:wanted].float().cpu()
+    if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
+        hint = "try dtype=float32" if half else "the checkpoint may be that of a run that diverged"
+        raise ValueError(f"{broken} of {len(images)} samples are not finite; {hint}")
+    return images
+
+
+def padded(values: Sequence[int], multiple: int) -> list[int]:
+    """Repeat the last value until the length is a multiple of `multiple`."""
+    if multiple < 1:
+        raise ValueError(f"pad_to must be at least 1, got {multiple}")
+    return [*values, *[values[-1]] * (-len(values) % multiple)]
+
+
+def batches(
+    net: nn.Module,
+    diffusion: GaussianDiffusion,
+    sampler: Sampler,
+    guidance: Any,
+    *,
+    num_samples: int,
+    batch_size: int,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    **settings: Any,
+) -> Iterator[Batch]:
+    """Draw `num_samples` samples, seeded seed, seed + 1, ..., a batch at a time; `settings` are those of `generate`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, num_samples, batch_size):
+        some = slice(start, min(start + batch_size, num_samples))
+        seeds = list(range(seed + some.start, seed + some.stop))
+        some_labels = None if labels is None else list(labels[some])
+        images = generate(net, diffusion, sampler, guidance, seeds=seeds, labels=some_labels, **settings)
+        yield Batch(seeds, some_labels, images)
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
