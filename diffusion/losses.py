@@ -136,8 +136,7 @@ class DenoisingLoss:
         """Return the losses of a batch x0 (B, C, H, W) at timesteps t (B,) with the noise eps."""
         x = q_sample(x0, eps, diffusion.schedule.level(t))
         output = net(x, diffusion.time(x, t), **condition)
-        # Losses are float32 whatever autocast gave the network.
-        output = output if output.dtype == x0.dtype else output.to(x0.dtype)
+        output = output.to(x0.dtype)  # losses are float32 whatever autocast gave the network
         answer = output.chunk(2, dim=1)[0] if diffusion.learned_variance else output
         goal = diffusion.target(x0, eps, t)
         if answer.shape != goal.shape:

@@ -19,8 +19,8 @@ VARIANCE_ALIASES = {"fixed_small": "posterior", "fixed_large": "jump", "learned_
 
 
 def mix(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
-    """Return a x + b y, in two kernels instead of three where b is a number."""
-    return a * x + b * y if isinstance(b, Tensor) else torch.add(a * x, y, alpha=b)
+    """Return a x + b y, in two kernels and one allocation where b is a number."""
+    return a * x + b * y if isinstance(b, Tensor) else (a * x).add_(y, alpha=b)
 
 
 def _at_least(value: float | Tensor, low: float) -> float | Tensor:
@@ -205,7 +205,7 @@ class GaussianDiffusion:
                 f"variance={self.variance} it must answer {self.out_channels(x.shape[1])}: set out_channels so, or "
                 f"variance={'posterior' if self.learned_variance else 'learned'}"
             )
-        var_frac = None
+        output, var_frac = output.to(x.dtype), None  # a half-precision network still moves a float32 x
         if self.learned_variance:
             output, var_frac = output.chunk(2, dim=1)
             var_frac = (var_frac + 1) / 2
