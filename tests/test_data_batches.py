@@ -191,6 +191,9 @@ class SaveAndStop(Callback):
         if self.saved_steps is not None and self.further <= 0:
             raise Stop
 
+    def on_train_start(self, trainer, module):
+        self.tick(trainer, module, "on_train_start")
+
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.tick(trainer, module, "on_train_batch_start")
 
@@ -245,6 +248,20 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_resumed_run_sees_what_an_unbroken_run_sees(tmp_path, moment, accumulate, trainer):
     check_resume(tmp_path, moment, accumulate_grad_batches=accumulate, **trainer)
+
+
+@pytest.mark.parametrize("trainer", [{}, {"max_steps": 17, "max_epochs": -1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_can_be_stopped_again_before_it_did_anything(tmp_path, moment, trainer):
+    hook, count = MOMENTS[moment]
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    with pytest.raises(Stop):
+        run(callbacks=[SaveAndStop(first, hook=hook, count=count)], accumulate_grad_batches=2, **trainer)
+    with pytest.raises(Stop):
+        again = SaveAndStop(second, hook="on_train_start", count=1)
+        run(callbacks=[again], ckpt_path=first, accumulate_grad_batches=2, **trainer)
+    resumed = [run(ckpt_path=path, accumulate_grad_batches=2, **trainer).steps for path in (first, second)]
+    assert resumed[0] == resumed[1]
 
 
 def test_a_changed_batch_size_is_reported_and_training_goes_on_at_the_same_sample(tmp_path):
