@@ -111,9 +111,9 @@ def vlb_term(
     return torch.where(s == CLEAN, _bits(nll), _bits(kl))
 
 
-def prior_bits_per_dim(diffusion: GaussianDiffusion, x0: Tensor) -> Tensor:
-    """L_T (B,): KL(q(x_T | x0) || N(0, 1)), what is left of the image at the last timestep."""
-    at: Level = diffusion.schedule.level(diffusion.num_train_timesteps - 1)
+def prior_bits_per_dim(diffusion: GaussianDiffusion, x0: Tensor, t: int | None = None) -> Tensor:
+    """L_T (B,): KL(q(x_t | x0) || N(0, 1)), what is left of the image where the chain starts (t = T - 1 if None)."""
+    at: Level = diffusion.schedule.level(diffusion.num_train_timesteps - 1 if t is None else t)
     log_var = torch.full_like(x0, math.log(at.sigma**2))
     return _bits(normal_kl(at.alpha * x0, log_var, 0.0, 0.0))
 
@@ -149,6 +149,6 @@ def bits_per_dim(
             p = denoise(x, t)
             errors = [(a - b).square().flatten(1).mean(1) for a, b in ((p.x0, x0), (p.eps, eps))]
             columns.append((vlb_term(diffusion, p, x0, x, t, chain), *errors))
-        prior = prior_bits_per_dim(diffusion, x0)
+        prior = prior_bits_per_dim(diffusion, x0, chain.timesteps[0])
     vlb, x0_mse, eps_mse = (torch.stack(column, 1) for column in zip(*columns, strict=True))
     return BitsPerDim(vlb.sum(1) + prior, prior, vlb, x0_mse, eps_mse)

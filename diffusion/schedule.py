@@ -42,12 +42,12 @@ class Schedule:
             low, high = (self.betas.min().item(), self.betas.max().item()) if len(self.betas) else (math.nan, math.nan)
             raise ValueError(
                 f"betas must be a non-empty list in [0, 1], got {len(self.betas)} values in [{low:g}, {high:g}]; "
-                "a linear schedule needs at least 20 steps, cosine works for any number"
+                "a linear schedule needs more than 20 steps, cosine works for any number"
             )
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
-        # One entry more than T: index -1 (CLEAN) is the last, so a gather needs no special case.
-        alphas = torch.cat([self.alphas_cumprod.sqrt(), torch.ones(1, dtype=torch.float64)])
-        sigmas = torch.cat([(1 - self.alphas_cumprod).sqrt(), torch.zeros(1, dtype=torch.float64)])
+        # T + 1 entries, CLEAN first: timestep t is at index t + 1, so a gather needs no special case.
+        alphas = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.sqrt()])
+        sigmas = torch.cat([torch.zeros(1, dtype=torch.float64), (1 - self.alphas_cumprod).sqrt()])
         self._tables = {torch.device("cpu"): (alphas, sigmas)}
         self._levels = [Level(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
 
@@ -57,23 +57,27 @@ class Schedule:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        return self._levels[-2].alpha == 0
+        return self._levels[-1].alpha == 0
 
     def level(self, t: int | float | Tensor) -> Level:
         """Return alpha and sigma at t in {CLEAN} or [0, T-1]; a fractional t is interpolated in log-SNR.
 
         A number gives floats (no device is touched); (B,) timesteps give (B, 1, 1, 1) float64 tensors on their device.
+        Raises ValueError outside that range (on an accelerator, which must not be waited for, indexing fails instead).
         """
+        last = self.num_train_timesteps - 1
         if isinstance(t, Tensor):
             alphas, sigmas = self._on(t.device)
+            if t.device.type == "cpu" and not bool(((t >= CLEAN) & (t <= last)).all()):
+                raise ValueError(f"timesteps {t.tolist()} are not all in -1 (clean data) .. {last}")
             if t.is_floating_point():
                 return self._between(t.to(alphas.dtype), alphas, sigmas)
-            index = t.long() % len(alphas)
+            index = t.long() + 1
             return Level(alphas[index].view(-1, 1, 1, 1), sigmas[index].view(-1, 1, 1, 1))
-        if not CLEAN <= t < self.num_train_timesteps:
-            raise ValueError(f"timestep {t} is outside -1 (clean data) .. {self.num_train_timesteps - 1}")
+        if not CLEAN <= t <= last:
+            raise ValueError(f"timestep {t} is outside -1 (clean data) .. {last}")
         if t == int(t):
-            return self._levels[int(t)]
+            return self._levels[int(t) + 1]
         at = self._between(torch.tensor([t], dtype=torch.float64), *self._tables[torch.device("cpu")])
         return Level(at.alpha.item(), at.sigma.item())
 
@@ -86,10 +90,11 @@ class Schedule:
 
     @staticmethod
     def _between(t: Tensor, alphas: Tensor, sigmas: Tensor) -> Level:
-        low = t.floor().long().clamp(min=CLEAN, max=len(alphas) - 2)
-        high, weight = (low + 1).clamp(max=len(alphas) - 2), t - low
-        log_snr = [2 * (alphas[i].log() - sigmas[i].log()) for i in (low % len(alphas), high)]
-        mixed = torch.where(weight == 0, log_snr[0], torch.lerp(*log_snr, weight)).view(-1, 1, 1, 1)
+        low = t.floor().long() + 1
+        high, weight = (low + 1).clamp(max=len(alphas) - 1), t - t.floor()
+        first, second = (2 * (alphas[i].log() - sigmas[i].log()) for i in (low, high))
+        # Not lerp, which turns the infinite log-SNR of clean data or zero terminal SNR into NaN.
+        mixed = torch.where(weight == 0, first, (1 - weight) * first + weight * second).view(-1, 1, 1, 1)
         return Level(torch.sigmoid(mixed).sqrt(), torch.sigmoid(-mixed).sqrt())
 
     def timesteps(
@@ -126,11 +131,13 @@ class Schedule:
 def _spaced(total: int, n: int, spacing: str) -> list[int]:
     match spacing:
         case "trailing":
-            return sorted(round(total - k * total / n) - 1 for k in range(n))
+            # Written as numpy's arange computes it, so that ties round as in diffusers.
+            stride = total - (total - total / n)
+            return sorted(round(total - k * stride) - 1 for k in range(n))
         case "leading":
             return [k * (total // n) for k in range(n)]
         case "linspace":
-            return [total - 1] if n == 1 else [round(k * (total - 1) / (n - 1)) for k in range(n)]
+            return [total - 1] if n == 1 else [round(k * ((total - 1) / (n - 1))) for k in range(n)]
         case "quad":
             return [max(int(q), k) for k, q in enumerate(_quadratic(total, n))]
         case "ldm":
@@ -141,8 +148,10 @@ def _spaced(total: int, n: int, spacing: str) -> list[int]:
 
 
 def _quadratic(total: int, n: int) -> list[float]:
-    # DDIM appendix D.2: quadratic in the index, up to 0.8 T.
-    return (torch.linspace(0, math.sqrt(total * 0.8), n, dtype=torch.float64) ** 2).tolist()
+    # DDIM appendix D.2: quadratic in the index, up to 0.8 T. Rounded as numpy's linspace, because callers truncate.
+    end = math.sqrt(total * 0.8)
+    roots = [k * (end / (n - 1)) for k in range(n - 1)] + [end] if n > 1 else [0.0]
+    return [root * root for root in roots]
 
 
 def _sections(total: int, text: str) -> list[int]:
