@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.models.layers import add, group_norm, zero_init
+from diffusion.models.layers import TokenLinear, add, group_norm, zero_init
 
 
 def head_layout(channels: int, num_heads: int | None, head_channels: int | None) -> tuple[int, int]:
@@ -72,8 +72,8 @@ class SelfAttention(nn.Module):
             )
         self.residual_scale = residual_scale
         self.norm = group_norm(norm_groups, channels, norm_eps)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero_init(nn.Linear(channels, channels))
+        self.qkv = TokenLinear(channels, 3 * channels)
+        self.out = zero_init(TokenLinear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         """x (B, C, H, W); the context arguments are ignored, so that a block may hold either kind of attention."""
@@ -91,10 +91,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         inner = num_heads * head_channels
-        self.query = nn.Linear(channels, inner, bias=False)
-        self.key = nn.Linear(context_channels or channels, inner, bias=False)
-        self.value = nn.Linear(context_channels or channels, inner, bias=False)
-        self.out = nn.Linear(inner, channels)
+        self.query = TokenLinear(channels, inner, bias=False)
+        self.key = TokenLinear(context_channels or channels, inner, bias=False)
+        self.value = TokenLinear(context_channels or channels, inner, bias=False)
+        self.out = TokenLinear(inner, channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, L, C), context (B, M, context_channels), mask (B, M) True = may be looked at."""
@@ -109,8 +109,8 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, kind: str = "geglu", *, mult: int = 4) -> None:
         super().__init__()
         self.gated = kind == "geglu"
-        self.expand = nn.Linear(channels, channels * mult * (2 if self.gated else 1))
-        self.contract = nn.Linear(channels * mult, channels)
+        self.expand = TokenLinear(channels, channels * mult * (2 if self.gated else 1))
+        self.contract = TokenLinear(channels * mult, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.expand(x)
@@ -178,7 +178,7 @@ class SpatialTransformer(nn.Module):
         num_heads, head_channels = head_layout(channels, num_heads, head_channels)
         inner = num_heads * head_channels
         self.norm = group_norm(norm_groups, channels, norm_eps)
-        self.proj_in = nn.Linear(channels, inner)
+        self.proj_in = TokenLinear(channels, inner)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 inner,
@@ -190,7 +190,7 @@ class SpatialTransformer(nn.Module):
             )
             for _ in range(depth)
         )
-        self.proj_out = zero_init(nn.Linear(inner, channels))
+        self.proj_out = zero_init(TokenLinear(inner, channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), context (B, M, context_channels), context_mask (B, M) True = may be looked at."""

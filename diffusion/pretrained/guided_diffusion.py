@@ -34,6 +34,23 @@ DEFAULTS = {
     "use_new_attention_order": False,
 }
 HARMLESS = ("image_size", "use_fp16")
+FLAG_DEFAULTS = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "attention_resolutions": "16,8",
+    "channel_mult": "",
+    "learn_sigma": False,
+    "class_cond": False,
+    "use_scale_shift_norm": True,
+}
+CHANNEL_MULTS = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
 
 RESIDUAL = {
     "norm_in": "in_layers.0",
@@ -90,6 +107,27 @@ def unet_config(config: Mapping[str, Any], *, super_resolution: bool = False) ->
         "resample": resample,
         "dropout": float(read["dropout"]),
         "checkpointing": bool(read["use_checkpoint"]),
+    }
+
+
+def kwargs_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """UNetModel's keyword arguments from the command-line flags that guided-diffusion's README gives with a checkpoint.
+
+    Flags of the diffusion process are ignored. Sizes without a `channel_mult` of their own take guided-diffusion's.
+    """
+    read = {**FLAG_DEFAULTS, **flags}
+    size, mult = read["image_size"], read["channel_mult"]
+    if not mult and size not in CHANNEL_MULTS:
+        raise ValueError(f"image_size={size} has no default channel_mult; only {', '.join(map(str, CHANNEL_MULTS))}")
+    given = [float(m) if "." in m else int(m) for m in mult.split(",")] if mult else CHANNEL_MULTS[size]
+    names = set(DEFAULTS) - {"attention_resolutions", "channel_mult", "in_channels", "num_classes"}
+    return {name: read[name] for name in names & set(read)} | {
+        "in_channels": 3,
+        "model_channels": read["num_channels"],
+        "out_channels": 6 if read["learn_sigma"] else 3,
+        "channel_mult": tuple(given),
+        "attention_resolutions": tuple(size // int(r) for r in read["attention_resolutions"].split(",")),
+        "num_classes": 1000 if read["class_cond"] else None,
     }
 
 
