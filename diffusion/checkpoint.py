@@ -32,11 +32,13 @@ BUILDABLE: frozenset[str] = frozenset(
     {
         "diffusion.process.GaussianDiffusion",
         "diffusion.schedule.Schedule",
+        "diffusion.schedule.power",
         "diffusion.schedule.linear",
         "diffusion.schedule.scaled_linear",
         "diffusion.schedule.cosine",
         "diffusion.schedule.sigmoid",
         "diffusion.schedule.shifted_cosine",
+        "diffusion.schedule.shifted",
         "diffusion.schedule.zero_terminal_snr",
         "diffusion.models.unet.UNet",
     }
@@ -72,21 +74,23 @@ class LoadedModel(Header):
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it becomes `path`, on any failure `path` stays what it was.
 
     Folders are made as needed. A full disk or a folder that cannot be written raises one OSError that names `path`,
-    also where the library that writes reports it as something else.
+    also where the library that writes reports it as something else. `durable` waits until the disk has it.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")  # a fixed name: a killed run leaves at most one behind
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException as error:
         _remove(partial)
         if (reason := _write_failure(error)) is None:

@@ -1,4 +1,4 @@
-"""From a model to samples: which labels and seeds, in which batches, at which precision.
+"""From a model to samples: which labels and seeds, in which batches, at which precision, and into which files.
 
 Shared by sample.py and by the pictures made during training. Image i depends on `seed + i` alone.
 """
@@ -6,14 +6,18 @@ Shared by sample.py and by the pictures made during training. Image i depends on
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
+from diffusion.checkpoint import LoadedModel, atomic_write, git_commit, package_version
 from diffusion.guidance import NoGuidance
+from diffusion.images import grid, label_layout, save_npz, save_png, to_uint8
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import SampleNoise, Sampler
 
@@ -162,3 +166,87 @@ def file_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config: Mapping[str, Any]) -> Path:
+    """Do what configs/sample.yaml says and return the folder: grid.png, samples.npz, images/*.png, config.yaml.
+
+    `config` is the resolved config; it goes into every picture, with the checkpoint's hash. All that can be wrong with
+    it is found before the first step, the folder included.
+    """
+    labels = choose_labels(config["labels"], config["num_samples"], model.facts["num_classes"])
+    device, dtype = choose_device(config["device"]), choose_dtype(config["dtype"])
+    net = model.net.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    known = {name: model.facts[name] for name in ("num_classes", "condition_drop")}
+    num_steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
+    out_dir = Path(config["out_dir"])
+    if (out_dir / "samples.npz").exists() and not config["overwrite"]:
+        raise ValueError(f"{out_dir} already holds samples; choose another out_dir, or overwrite=true")
+    with atomic_write(out_dir / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+
+    made_by = provenance(model, config)
+    pictures: list[np.ndarray] = []
+    with _progress(num_steps * -(-config["num_samples"] // config["batch_size"])) as on_step:
+        for batch in batches(
+            net,
+            model.diffusion,
+            sampler,
+            guidance_for(guidance, **known),
+            num_samples=config["num_samples"],
+            batch_size=config["batch_size"],
+            seed=config["seed"],
+            labels=labels,
+            shape=model.facts["shape"],
+            device=device,
+            dtype=dtype,
+            pad_to=config["pad_to"],
+            on_step=on_step,
+        ):
+            save_pictures(batch, out_dir / "images", made_by, first=len(pictures))
+            pictures.extend(to_uint8(batch.images))
+    images = np.stack(pictures)
+    save_npz(out_dir / "samples.npz", images, labels)
+    columns, captions = label_layout(labels, model.facts["class_names"])
+    save_png(grid(images, columns, captions=captions), out_dir / "grid.png", made_by)
+    return out_dir
+
+
+def save_pictures(batch: Batch, folder: Path, made_by: Mapping[str, Any], *, first: int) -> None:
+    """Write a batch as 000000.png, 000001.png, ... from `first` on, each with its own seed and label in its text."""
+    for i, image in enumerate(to_uint8(batch.images)):
+        own = {"seed": batch.seeds[i], "label": None if batch.labels is None else batch.labels[i]}
+        save_png(image, folder / f"{first + i:06d}.png", {**own, **made_by})
+
+
+def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that makes a sample what it is, but its own seed and label."""
+    return {
+        "checkpoint": str(model.path),
+        "checkpoint_sha256": file_hash(model.path),
+        "weights": model.weights,
+        "step": model.step,
+        "sampler": config["sampler"],
+        "guidance": config["guidance"],
+        "dtype": config["dtype"],
+        "pad_to": config["pad_to"],
+        "package_version": package_version(),
+        "git_commit": git_commit(),
+        "torch_version": str(torch.__version__),
+    }
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar with the time left on stderr; yield what advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("sampling", total=total)
+        yield lambda: bar.advance(task)

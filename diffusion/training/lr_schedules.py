@@ -18,17 +18,16 @@ def warmup_constant(optimizer: Optimizer, *, warmup_steps: int = 0) -> LambdaLR:
 def warmup_cosine(
     optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
 ) -> LambdaLR:
-    """Rise linearly over `warmup_steps`, then fall on a half cosine to `final_fraction` at `total_steps`."""
+    """Rise linearly over `warmup_steps`, then fall on a half cosine to `final_fraction` at `total_steps`.
+
+    A run that is no longer than its warm-up (a quick try with few steps) only rises.
+    """
     _check("warmup_steps", warmup_steps)
-    if total_steps <= warmup_steps:
-        raise ValueError(
-            f"lr_scheduler.total_steps={total_steps} leaves no steps after warmup_steps={warmup_steps}; it follows "
-            "trainer.max_steps, so train longer or warm up for fewer steps"
-        )
+    falling = max(1, total_steps - warmup_steps)
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / (warmup_steps + 1))
-        done = min(1.0, max(0.0, (step - warmup_steps) / (total_steps - warmup_steps)))
+        done = min(1.0, max(0.0, (step - warmup_steps) / falling))
         return rise * (final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * done)) / 2)
 
     return LambdaLR(optimizer, factor)
