@@ -20,7 +20,7 @@ from diffusion.process import (
     transition,
     variances,
 )
-from diffusion.sampling import Sampler, SampleNoise, sample
+from diffusion.sampling import SampleNoise, Sampler, sample
 from diffusion.schedule import CLEAN, Level, cosine, linear, scaled_linear, sigmoid, zero_terminal_snr
 
 SHAPE = (3, 2, 4, 5)
