@@ -130,7 +130,7 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()  # the rows up to this step, before the checkpoint that says they are done
         path = last_checkpoint(run_dir)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self._saved_step = trainer.global_step
         if not trainer.is_global_zero:
             return

@@ -91,9 +91,10 @@ class MetricsCSV(Logger):
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = Path(path)
-        self._pending: dict[str, float] = {}
         rows = [] if resume_step is None else [row for row in read_rows(self.path) if int(row["step"]) <= resume_step]
         self._columns = list(rows[0]) if rows else ["step"]
+        self._row: dict[str, Any] = {**rows[-1], "step": int(rows[-1]["step"])} if rows else {}
+        self._in_file, self._changed = bool(rows), False  # what the file has of the current row
         if self.path.exists():
             self._rewrite(rows)
 
@@ -108,25 +109,28 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of this step; a row is written when the next one begins, and on `save`."""
-        if self._pending and self._pending["step"] != step:
+        if self._row.get("step") != step:
             self.save()
-        self._pending.update({"step": step, **metrics})
+            self._row, self._in_file = {"step": step}, False
+        self._row.update(metrics)
+        self._changed = True
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run folder holds config.yaml."""
 
     @rank_zero_only
     def save(self) -> None:
-        if not self._pending:
+        if not self._changed:
             return
-        row, self._pending = self._pending, {}
-        new = [column for column in row if column not in self._columns]
-        if new or not self.path.exists():
+        new = [column for column in self._row if column not in self._columns]
+        if new or self._in_file or not self.path.exists():
+            rows = read_rows(self.path)
             self._columns += new
-            self._rewrite([*read_rows(self.path), row])
-            return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            file.write(as_csv(self._columns, [row]))
+            self._rewrite([*rows[: len(rows) - self._in_file], self._row])
+        else:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(as_csv(self._columns, [self._row]))
+        self._in_file, self._changed = True, False
 
     def finalize(self, status: str) -> None:
         self.save()

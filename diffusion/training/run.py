@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.tree import Tree
 
-from diffusion.checkpoint import atomic_write
+from diffusion.checkpoint import atomic_write, read_header
 from diffusion.randomness import fold
 from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, export_model, last_checkpoint
 from diffusion.training.denoiser import DenoiserTask
@@ -46,9 +46,6 @@ def train(cfg: Any) -> Path:
     resumed_step = None if checkpoint is None else read_step(checkpoint)
     report_start(run_dir, checkpoint, resumed_step, config)
     fast_dev_run = bool(config["trainer"].get("fast_dev_run"))
-    if not fast_dev_run:
-        save_config(config, run_dir)
-
     task, data = build_task(config), build(config["data"])
     facts = {
         "shape": list(data.shape),
@@ -57,11 +54,15 @@ def train(cfg: Any) -> Path:
         "condition_drop": task.condition_drop,
     }
     callbacks = build_callbacks(config, facts, data)
+    if not fast_dev_run:
+        save_config(config, run_dir)
     trainer = build_trainer(config, run_dir, callbacks, None if fast_dev_run else resumed_step)
     fit(trainer, task, data, checkpoint)
+    model = run_dir / "model.safetensors"
     if not fast_dev_run and trainer.is_global_zero:
-        export_model(run_dir / "model.safetensors", trainer, task, config, facts)
-        print(f"{run_dir / 'model.safetensors'} holds the model of step {trainer.global_step}", file=sys.stderr)
+        if not model.exists() or read_header(model).step != trainer.global_step:
+            export_model(model, trainer, task, config, facts)
+        print(f"{model} holds the model of step {trainer.global_step}", file=sys.stderr)
     return run_dir
 
 
@@ -71,6 +72,7 @@ def fit(trainer: Trainer, task: DenoiserTask, data: LightningDataModule, checkpo
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning with torch 2.15
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted as stop:
         # A default run_dir has the time in it, so the folder must be named.
