@@ -1,4 +1,4 @@
-"""What does `import diffusion` cost over `import torch`? In turn, fresh processes: `python benchmarks/import_time.py`."""
+"""What does `import diffusion` cost over `import torch`? Fresh processes: `python benchmarks/import_time.py`."""
 
 import subprocess
 import sys
