@@ -9,6 +9,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -61,6 +62,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> No
 
     verbose = any(os.environ.get(name, "0") not in ("", "0") for name in TRACEBACK_VARIABLES)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
+    warnings.formatwarning = format_warning
 
     @wraps(main)
     def job(cfg: Any) -> None:
@@ -97,6 +99,12 @@ def stop(message: str, *, traceback_hint: bool = False) -> NoReturn:
     raise SystemExit(MISTAKE)
 
 
+def format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Print our own warnings as one line; those of libraries keep their place."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def explain(error: BaseException) -> str:
     """Return what an exception says to the user, without the frames of Hydra that carried it."""
     from hydra.errors import HydraException, InstantiationException
@@ -131,7 +139,7 @@ def check_types(cfg: Any, overrides: list[str], config_name: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    defaults = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml"))
     for override in OverridesParser.create().parse_overrides(overrides):
         parent, _, leaf = override.key_or_group.rpartition(".")
         if override.is_delete() or (CONFIGS / override.key_or_group).is_dir():

@@ -33,10 +33,15 @@ class Batch(NamedTuple):
     images: Tensor
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError unless `value` is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def choose_labels(labels: Sequence[int] | int | None, num_samples: int, num_classes: int | None) -> list[int] | None:
     """Return a label for each sample: the given ones repeat, without any all classes take turns; None: no classes."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    check_count("num_samples", num_samples)
     if num_classes is None:
         if labels is not None:
             raise ValueError(f"labels={labels} for a model without classes; leave labels out")
@@ -77,14 +82,14 @@ def guidance_for(guidance: Any, *, num_classes: int | None, condition_drop: floa
     if getattr(guidance, "guidance_scale", 1) == 1:
         return guidance
     if num_classes is None:
-        warnings.warn("this model has no classes to guide towards: sampling without guidance", stacklevel=2)
+        warnings.warn("this model has no classes to guide towards: sampling without guidance", stacklevel=1)
         return NoGuidance()
     if not condition_drop:
         warnings.warn(
             f"guidance_scale={guidance.guidance_scale}, but this model was trained without condition drop: what it "
             "answers without a label means nothing, so guidance will hurt. Use guidance=none, or train with "
             "task.condition_drop=0.1",
-            stacklevel=2,
+            stacklevel=1,
         )
     return guidance
 
@@ -134,8 +139,7 @@ def generate(
 
 def padded(values: Sequence[int], multiple: int) -> list[int]:
     """Repeat the last value until the length is a multiple of `multiple`."""
-    if multiple < 1:
-        raise ValueError(f"pad_to must be at least 1, got {multiple}")
+    check_count("pad_to", multiple)
     return [*values, *[values[-1]] * (-len(values) % multiple)]
 
 
@@ -152,8 +156,7 @@ def batches(
     **settings: Any,
 ) -> Iterator[Batch]:
     """Draw `num_samples` samples, seeded seed, seed + 1, ..., a batch at a time; `settings` are those of `generate`."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("batch_size", batch_size)
     for start in range(0, num_samples, batch_size):
         some = slice(start, min(start + batch_size, num_samples))
         seeds = list(range(seed + some.start, seed + some.stop))
@@ -178,10 +181,13 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     `config` is the resolved config; it goes into every picture, with the checkpoint's hash. All that can be wrong with
     it is found before the first step, the folder included.
     """
-    labels = choose_labels(config["labels"], config["num_samples"], model.facts["num_classes"])
+    num_classes = getattr(model.net, "num_classes", model.facts["num_classes"])  # the net may ignore the data's classes
+    for name in ("num_samples", "batch_size", "pad_to"):
+        check_count(name, config[name])
+    labels = choose_labels(config["labels"], config["num_samples"], num_classes)
     device, dtype = choose_device(config["device"]), choose_dtype(config["dtype"])
     net = model.net.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    known = {name: model.facts[name] for name in ("num_classes", "condition_drop")}
+    known = {"num_classes": num_classes, "condition_drop": model.facts["condition_drop"]}
     num_steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
     out_dir = Path(config["out_dir"])
     if (out_dir / "samples.npz").exists() and not config["overwrite"]:
@@ -189,7 +195,7 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     with atomic_write(out_dir / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
 
-    made_by = provenance(model, config)
+    made_by = {**provenance(model, config), "device": str(device)}
     pictures: list[np.ndarray] = []
     with _progress(num_steps * -(-config["num_samples"] // config["batch_size"])) as on_step:
         for batch in batches(

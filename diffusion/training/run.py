@@ -151,8 +151,11 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def build(node: Mapping[str, Any] | None) -> Any:
-    """Build the object that a config node describes; an empty node (`ema=none`) is None."""
-    return instantiate(dict(node), _convert_="all") if node else None
+    """Build the object that a config node describes; a node that names no class (`ema=none`) is None.
+
+    Such a node need not be empty: a recipe that sets ema.decays can still be run with ema=none.
+    """
+    return instantiate(dict(node), _convert_="all") if node and "_target_" in node else None
 
 
 def build_task(config: Mapping[str, Any]) -> DenoiserTask:

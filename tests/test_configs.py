@@ -1,0 +1,213 @@
+"""Every config composes and builds, every sampler samples, and the layers of the package are as drawn in its design."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from tiny import ROOT
+
+from diffusion.process import GaussianDiffusion
+from diffusion.randomness import generator
+from diffusion.sampling import SampleNoise
+from diffusion.training.run import build
+
+CONFIGS = ROOT / "configs"
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+SIZE, CHANNELS = 8, 3
+
+
+def composed(*overrides: str, name: str = "train") -> dict:
+    """Return the resolved config; what a user must give is given."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(name, overrides=list(overrides))
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, str(ROOT))
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def built(node: dict):
+    return instantiate(node, _convert_="all")
+
+
+def options(group: str) -> list[str]:
+    return [option for name, option in OPTIONS if name == group]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_resolves(group, option):
+    config = composed(f"+{group}={option}" if group == "edit" else f"{group}={option}")
+    assert config["net"]["_target_"] and config["run_dir"]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_recipe_opens_with_its_command_hardware_time_and_score(experiment):
+    text = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
+    comments = [line for line in text.split("defaults:")[0].splitlines() if line.startswith("#")]
+    for fact in ("command:", "hardware:", "wall time:", "score:"):
+        assert any(fact in line for line in comments), f"{experiment} does not say its {fact}"
+    assert composed(f"experiment={experiment}")["name"] == experiment
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_recipe_builds_a_network_that_fits_its_process_and_its_images(experiment):
+    config = composed(f"experiment={experiment}")
+    with torch.device("meta"):
+        net = built(config["net"])
+    diffusion, data = built(config["diffusion"]), config["data"]
+    assert net.out_channels == diffusion.out_channels(data["channels"])
+    assert data["image_size"] % net.size_factor == 0
+    built(config["loss"]).check(diffusion)
+    assert built(config["timestep_sampler"]).num_train_timesteps == diffusion.num_train_timesteps
+    assert built(config["sampler"]).timesteps(diffusion.schedule)[-1] == -1
+    scheduler = built(config["lr_scheduler"]) if config["lr_scheduler"] else None
+    optimizer = built(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
+    assert scheduler is None or scheduler(optimizer).get_last_lr()
+
+
+def test_the_cifar10_recipe_is_iddpms():
+    config = composed("experiment=cifar10")
+    with torch.device("meta"):
+        net = built(config["net"])
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(52.5e6, rel=0.01)
+    assert config["diffusion"]["variance"] == "learned" and config["loss"]["vlb_weight"] == 0.001
+    assert config["num_train_timesteps"] * config["diffusion"]["time_scale"] == 1000
+    assert config["net"]["num_classes"] is None and config["net"]["dropout"] == 0.3
+
+
+@pytest.mark.parametrize("option", options("schedule"))
+def test_every_schedule_falls_from_almost_clean_to_almost_noise(option):
+    schedule = built(
+        composed(f"schedule={option}", "num_train_timesteps=50", "data.image_size=64", "data=shapes")["schedule"]
+    )
+    assert schedule.num_train_timesteps == 50
+    assert (schedule.alphas_cumprod.diff() <= 0).all() and schedule.alphas_cumprod[0] > 0.9
+
+
+@pytest.mark.parametrize("guidance", options("guidance"))
+@pytest.mark.parametrize("sampler", options("sampler"))
+def test_every_sampler_samples_with_every_guidance(sampler, guidance):
+    config = composed(f"sampler={sampler}", f"guidance={guidance}", "num_train_timesteps=60")
+    diffusion = GaussianDiffusion(built(config["schedule"]), "eps")
+    label = torch.tensor([0, 1])
+
+    def net(x, t, *, label):
+        return 0.5 * x + 0.1 * label.view(-1, 1, 1, 1)
+
+    denoise = built(config["guidance"])(diffusion, net, {"label": label}, {"label": torch.full_like(label, -1)})
+    noise = SampleNoise([0, 1])
+    x = built(config["sampler"]).sample(diffusion, denoise, noise.initial((CHANNELS, SIZE, SIZE)), noise=noise)
+    assert x.shape == (2, CHANNELS, SIZE, SIZE) and x.isfinite().all()
+
+
+@pytest.mark.parametrize("option", options("loss"))
+def test_every_loss_gives_a_gradient(option):
+    config = composed(f"loss={option}")
+    loss = built(config["loss"])
+    learned = loss.vlb_weight > 0
+    diffusion = GaussianDiffusion(built(config["schedule"]), "v", variance="learned" if learned else "posterior")
+    loss.check(diffusion)
+    net = torch.nn.Conv2d(CHANNELS, diffusion.out_channels(CHANNELS), 3, padding=1)
+    x0 = torch.rand(4, CHANNELS, SIZE, SIZE) * 2 - 1
+    t = torch.tensor([0, 1, 500, 999])
+    terms = loss(diffusion, lambda x, t: net(x), x0, t, loss.noise(x0, generator(0, "test")), {})
+    terms.loss.mean().backward()
+    assert net.weight.grad.isfinite().all() and net.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("option", options("timestep_sampler"))
+def test_every_timestep_sampler_stays_on_the_chain(option):
+    sampler = built(composed(f"timestep_sampler={option}", "num_train_timesteps=7")["timestep_sampler"])
+    t, weight = sampler(64, generator(0, "test"))
+    assert set(t.tolist()) <= set(range(7)) and weight.shape == (64,)
+
+
+def test_the_ablation_line_reaches_the_process():
+    config = composed("schedule=linear", "task.parameterization=eps", "task.variance=jump")
+    assert config["diffusion"]["schedule"]["_target_"].endswith("linear")
+    assert (config["diffusion"]["parameterization"], config["diffusion"]["variance"]) == ("eps", "jump")
+
+
+@pytest.mark.parametrize(("override", "node"), [("ema=none", "ema"), ("lr_scheduler=constant", "lr_scheduler")])
+def test_a_part_can_be_switched_off_though_the_recipe_sets_values_in_it(override, node):
+    config = composed(override)
+    assert config[node]  # the recipe's values are still there
+    assert build(config[node]) is None
+
+
+def test_sampling_needs_nothing_from_the_training_config():
+    config = composed(name="sample")
+    assert config["sampler"]["num_steps"] == 50 and config["guidance"]["guidance_scale"] == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers
+
+MATHS = {
+    *("randomness", "schedule", "process", "denoiser", "guidance", "solvers", "sampling", "losses"),
+    *("timestep_samplers", "likelihood"),
+}
+FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "tensorboard"}
+MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint")
+MODULES = sorted((ROOT / "diffusion").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Return what a file imports anywhere in it, our own modules as `diffusion.NAME`."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "diffusion" else {module}
+    return found
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT / "diffusion").with_suffix("").parts[0]
+
+
+def third_party(names: set[str]) -> set[str]:
+    tops = {name.partition(".")[0] for name in names}
+    return tops - set(sys.stdlib_module_names) - {"diffusion"}
+
+
+def own_layers(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("diffusion.")}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if layer(p) in MATHS], ids=lambda path: path.stem)
+def test_the_mathematics_needs_nothing_but_torch(path):
+    assert third_party(imports(path)) <= {"torch"}
+    assert own_layers(imports(path)) <= MATHS
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if layer(p) == "models"], ids=lambda path: path.stem)
+def test_the_networks_know_neither_the_mathematics_nor_a_framework(path):
+    assert own_layers(imports(path)) <= {"models"}
+    assert third_party(imports(path)) <= {"torch", "einops"}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if layer(p) == "pretrained"], ids=lambda path: path.stem)
+def test_foreign_names_act_on_networks_only(path):
+    assert own_layers(imports(path)) <= {"models", "pretrained"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if layer(p) not in MAY_USE_FRAMEWORKS], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_lightning_and_hydra_stay_at_the_edge(path):
+    assert not third_party(imports(path)) & FRAMEWORKS
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_test_oracles_are_never_imported_by_the_package(path):
+    assert not third_party(imports(path)) & {"diffusers", "transformers", "pytest"}
