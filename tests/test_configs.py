@@ -60,6 +60,7 @@ def test_every_recipe_builds_a_network_that_fits_its_process_and_its_images(expe
     with torch.device("meta"):
         net = built(config["net"])
     diffusion, data = built(config["diffusion"]), config["data"]
+    assert built(data).shape == (data["channels"], data["image_size"], data["image_size"])
     assert net.out_channels == diffusion.out_channels(data["channels"])
     assert data["image_size"] % net.size_factor == 0
     built(config["loss"]).check(diffusion)
