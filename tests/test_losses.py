@@ -121,8 +121,7 @@ def test_without_a_weighting_each_parameterization_has_its_own():
 
 # Weights of the loss of what the network answers, by hand, at SNR 0.04, 1 and 25.
 PAPERS = [
-    # min-SNR-gamma, gamma = 5 (2303.09556, section 3.4 and the authors' code): min(SNR, g) for x0, / SNR for eps,
-    # / (SNR + 1) for v.
+    # min-SNR-gamma, gamma = 5 (2303.09556, section 3.4): min(SNR, g) for x0, / SNR for eps, / (SNR + 1) for v.
     (MinSNR(5.0), "x0", (0.04, 1.0, 5.0)),
     (MinSNR(5.0), "eps", (1.0, 1.0, 0.2)),
     (MinSNR(5.0), "v", (0.04 / 1.04, 0.5, 5 / 26)),
@@ -146,11 +145,11 @@ def test_weights_are_those_of_the_papers(weighting, parameterization, weights):
 
 @properties
 @given(st.sampled_from(["eps", "x0", "v"]), st.integers(0, 99), st.floats(0.1, 20))
-def test_min_snr_is_the_authors_code(parameterization, t, gamma):
+def test_min_snr_is_what_training_scripts_write(parameterization, t, gamma):
     acp = linear(100).alphas_cumprod[t].item()
     alpha, sigma = math.sqrt(acp), math.sqrt(1 - acp)
     snr = (alpha / sigma) ** 2
-    theirs = {  # Min-SNR-Diffusion-Training/guided_diffusion/gaussian_diffusion.py, by prediction target
+    theirs = {  # as diffusers' examples have it, by prediction type
         "x0": min(gamma, snr),
         "eps": min(gamma, snr) / snr,
         "v": min(gamma, snr) / (snr + 1),
