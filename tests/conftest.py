@@ -1,0 +1,12 @@
+"""What all tests share: one thread, since two only fight over tensors this small, and bytecode for child processes."""
+
+import os
+import sys
+
+import torch
+
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
+# Commands are started dozens of times: let the first one leave its bytecode for the others.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
