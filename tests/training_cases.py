@@ -1,6 +1,9 @@
 """A training run of seconds: the digits, a network of a few hundred weights, everything switched on."""
 
 import copy
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,35 @@ from diffusion.training.metrics import read_rows
 class TinyNet(nn.Module):
     """As little as can be called a conditional denoiser: two convolutions, dropout, time and label."""
 
-    def __init__(self, num_classes: int | None = 10, width: int = 8, dropout: float = 0.1) -> None:
+    def __init__(
+        self, num_classes: int | None = 10, width: int = 8, dropout: float = 0.1, out_channels: int = 1
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.first = nn.Conv2d(1, width, 3, padding=1)
         self.time = nn.Linear(1, width)
         self.label = None if num_classes is None else nn.Embedding(num_classes, width)
         self.dropout = nn.Dropout(dropout)
-        self.last = nn.Conv2d(width, 1, 3, padding=1)
+        self.last = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
         bias = self.time(t[:, None] / 50)
         if label is not None:
             bias = bias + self.label(label.clamp(min=0)) * (label >= 0)[:, None]
         return self.last(self.dropout(torch.tanh(self.first(x) + bias[:, :, None, None])))
+
+
+class Memory(nn.Module):
+    """A perceptron that knows which pixel is which: it can learn a batch by heart."""
+
+    def __init__(self, num_classes: int = 10, width: int = 256, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.layers = nn.Sequential(nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.last = nn.Linear(width, 64)
+
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor) -> Tensor:
+        return self.last(self.layers(torch.cat([x.flatten(1), t[:, None] / 50], 1))).view_as(x)
 
 
 NET = {"_target_": "training_cases.TinyNet", "num_classes": 10}
@@ -169,3 +187,35 @@ def assert_same_outcome(one: Path, other: Path) -> None:
     expected, got = outcome(one), outcome(other)
     different = [key for key in expected if expected[key] != got[key]]
     assert not different, f"{different} differ: {one} {other}"
+
+
+class Poison(Callback):
+    """Make a weight NaN once `step` steps are done, so that the next loss is."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            task.net.last.bias.data.fill_(torch.nan)
+
+
+class SignalAt(Callback):
+    """Send this process SIGTERM in the middle of the batch after `step` steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_backward(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Slow(Callback):
+    """Take this many seconds for each batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        time.sleep(self.seconds)

@@ -166,7 +166,16 @@ def tensorboard_logger(*, run_dir: Path, config: Mapping[str, Any]) -> TensorBoa
     return logger
 
 
-def wandb_logger(*, run_dir: Path, config: Mapping[str, Any], **settings: Any) -> WandbLogger:
+class WandbRun(WandbLogger):
+    """A W&B run that ends with its training, so that the next job of a sweep begins its own."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+def wandb_logger(*, run_dir: Path, config: Mapping[str, Any], **settings: Any) -> WandbRun:
     """Log to Weights & Biases with the config as a dictionary; a resumed run continues the same W&B run.
 
     `settings` are those of `wandb.init` (project, name, tags, ...) and `offline=True`, which needs no network.
@@ -176,4 +185,4 @@ def wandb_logger(*, run_dir: Path, config: Mapping[str, Any], **settings: Any) -
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     run_id = id_file.read_text(encoding="utf-8").strip()
     resume = None if settings.get("offline") else "allow"  # an offline run cannot look up what it continues
-    return WandbLogger(save_dir=run_dir, id=run_id, resume=resume, config=dict(config), **settings)
+    return WandbRun(save_dir=run_dir, id=run_id, resume=resume, config=dict(config), **settings)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from diffusion.generate import generate, guidance_for
+from diffusion.generate import batches, guidance_for
 from diffusion.images import grid, save_png, to_uint8
 from diffusion.sampling import Sampler
 from diffusion.training.ema import EMA
@@ -40,19 +40,20 @@ class SampleGrid(Callback):
         classes: Sequence[int] | None = None,
         rows: int = 10,
         columns: int = 8,
+        batch_size: int = 128,
         seed: int = 0,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("rows", rows), ("columns", columns)):
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("rows", rows),
+            ("columns", columns),
+            ("batch_size", batch_size),
+        ):
             if value < 1:
                 raise ValueError(f"callbacks.samples.{name} must be at least 1, got {value}")
         self.sampler, self.guidance, self.shape = sampler, guidance, tuple(shape)
-        self.every_n_steps, self.classes, self.rows, self.columns, self.seed = (
-            every_n_steps,
-            classes,
-            rows,
-            columns,
-            seed,
-        )
+        self.every_n_steps, self.classes, self.seed = every_n_steps, classes, seed
+        self.rows, self.columns, self.batch_size = rows, columns, batch_size
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,23 +94,22 @@ class SampleGrid(Callback):
             yield "ema", ema.swapped(task.net)
 
     def _images(self, trainer: Trainer, task: LightningModule) -> np.ndarray:
-        """Return uint8 images (rows * columns, H, W, C), a row at a time."""
-        rows = []
-        for row, label in enumerate(self._rows(task.net.num_classes)):
-            seeds = range(self.seed + row * self.columns, self.seed + (row + 1) * self.columns)
-            images = generate(
-                task.net,
-                task.diffusion,
-                self.sampler,
-                self.guidance,
-                shape=self.shape,
-                seeds=seeds,
-                labels=None if label is None else [label] * self.columns,
-                device=task.device,
-                dtype=HALF.get(trainer.precision, torch.float32),
-            )
-            rows.append(to_uint8(images))
-        return np.concatenate(rows)
+        """Return uint8 images (rows * columns, H, W, C), row after row."""
+        labels = [label for label in self._rows(task.net.num_classes) for _ in range(self.columns)]
+        drawn = batches(
+            task.net,
+            task.diffusion,
+            self.sampler,
+            self.guidance,
+            num_samples=len(labels),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            labels=None if task.net.num_classes is None else labels,
+            shape=self.shape,
+            device=task.device,
+            dtype=HALF.get(trainer.precision, torch.float32),
+        )
+        return np.concatenate([to_uint8(batch.images) for batch in drawn])
 
     def _rows(self, num_classes: int | None) -> list[int | None]:
         if num_classes is None:
