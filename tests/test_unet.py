@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion.models.attention import Attention, SelfAttention, SpatialTransformer
+from diffusion.models.attention import Attention, SelfAttention, SpatialTransformer, attend
 from diffusion.models.layers import ResidualBlock, TokenLinear, timestep_embedding
 from diffusion.models.unet import Stage, SuperResolutionUNet, UNet
 
@@ -369,3 +369,14 @@ def test_compiled_it_predicts_the_same_under_clean_names():
     net.compile(fullgraph=True)
     torch.testing.assert_close(net(x, t, label=label), expected, atol=1e-4, rtol=1e-4)
     assert list(net.state_dict()) == names
+
+
+def test_bfloat16_attention_by_rows_is_as_exact_as_the_fused_kernel():
+    query, key, value = (torch.randn(2, 300, 3 * 16) for _ in range(3))
+    exact = attend(query, key, value, 3)
+    half = [tensor.bfloat16() for tensor in (query, key, value)]
+    fused = attend(*half, 3).float()
+    with torch.no_grad():
+        by_rows = attend(*half, 3).float()
+    assert (by_rows - exact).norm() < 2 * (fused - exact).norm()
+    assert not torch.equal(by_rows, fused)
