@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion.models.attention import Attention, SelfAttention, SpatialTransformer, attend
+from diffusion.models.attention import Attention, FeedForward, SelfAttention, SpatialTransformer, attend
 from diffusion.models.layers import ResidualBlock, TokenLinear, timestep_embedding
 from diffusion.models.unet import Stage, SuperResolutionUNet, UNet
 
@@ -380,3 +380,12 @@ def test_bfloat16_attention_by_rows_is_as_exact_as_the_fused_kernel():
         by_rows = attend(*half, 3).float()
     assert (by_rows - exact).norm() < 2 * (fused - exact).norm()
     assert not torch.equal(by_rows, fused)
+
+
+@pytest.mark.parametrize("kind", ["geglu", "gelu"])
+def test_feed_forward_in_portions_is_the_whole(kind, monkeypatch):
+    monkeypatch.setattr(FeedForward, "portion", 7)
+    layer, x = FeedForward(8, kind), torch.randn(2, 10, 8)
+    with torch.no_grad():
+        portions = layer(x)
+    torch.testing.assert_close(portions, layer(x))
