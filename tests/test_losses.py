@@ -183,6 +183,12 @@ def test_the_limits_at_zero_snr_are_the_weightings_own():
     assert snr_weight(TruncatedSNR(), diffusion, last).item() == pytest.approx(1)
 
 
+def test_a_weighting_of_ones_own_is_never_asked_at_an_snr_of_zero():
+    diffusion = GaussianDiffusion(zero_terminal_snr(linear(100)), "v")
+    weight = snr_weight(lambda snr: snr.log() ** 2, diffusion, torch.tensor([99]))
+    assert weight.item() == pytest.approx(math.log(1e-20) ** 2)
+
+
 def test_weightings_of_the_posterior_mean_are_an_error():
     with pytest.raises(ValueError, match="weightings are defined for eps, x0 and v; use weighting=null"):
         snr_weight(MinSNR(), GaussianDiffusion(linear(100), "mean"), T)
