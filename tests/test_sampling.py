@@ -38,7 +38,7 @@ def orders(solver, data, schedule, grids) -> list[float]:
 @pytest.mark.parametrize("make", [linear, cosine])
 def test_ddim_is_of_first_order_on_a_long_chain(data, make):
     # 1025 timesteps have 1024 intervals, which 64 .. 512 divide. The end is the cleanest trained level: the move to
-    # CLEAN is a last step whose length no grid changes. Measured orders: 0.93 .. 1.01, at the finest grids 0.995 .. 1.005.
+    # CLEAN is a last step whose length no grid changes. Measured: 0.93 .. 1.01, at the finest 0.995 .. 1.005.
     grids = [range(1024, -1, -1024 // n) for n in (64, 128, 256, 512)]
     measured = orders(euler, data, make(1025), grids)
     assert all(abs(order - 1) < 0.1 for order in measured), measured
