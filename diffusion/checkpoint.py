@@ -85,6 +85,7 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        os.chmod(partial, 0o666 & ~_umask())  # safetensors writes for the owner alone
         if durable:
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
@@ -97,6 +98,13 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             raise
         kept = "the file that was there is untouched" if _exists(path) else "nothing was written"
         raise OSError(reason, f"cannot write {path}: {os.strerror(reason)}; {kept}") from error
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _write_failure(error: BaseException) -> int | None:

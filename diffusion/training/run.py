@@ -43,6 +43,8 @@ def train(cfg: Any) -> Path:
     checkpoint = resume_path(config.get("resume", "auto"), run_dir)
     print_tree(config)
     quieten_lightning()
+    if config.get("threads"):
+        torch.set_num_threads(config["threads"])
     resumed_step = None if checkpoint is None else read_step(checkpoint)
     report_start(run_dir, checkpoint, resumed_step, config)
     fast_dev_run = bool(config["trainer"].get("fast_dev_run"))
