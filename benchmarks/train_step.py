@@ -4,10 +4,10 @@ Time interleaved in one process; peak memory in one fresh process each: `python 
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,17 @@ def peak_memory(side: str, size: str, batch: int) -> float:
 
 
 def measure_memory(side: str, size: str, batch: int) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     call, _ = step(side, size, batch)
     for _ in range(3):
         call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in MiB; getrusage would inherit the parent's peak over exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
 
 def main() -> None:
