@@ -44,6 +44,8 @@ class Schedule:
                 f"betas must be a non-empty list in [0, 1], got {len(self.betas)} values in [{low:g}, {high:g}]; "
                 "a linear schedule needs more than 20 steps, cosine works for any number"
             )
+        if self.betas[0] == 0:
+            raise ValueError("the first beta is 0, so that timestep 0 would be clean data; start above 0")
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         # T + 1 entries, CLEAN first: timestep t is at index t + 1, so a gather needs no special case.
         alphas = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.sqrt()])
@@ -124,8 +126,11 @@ class Schedule:
                 f"offset {offset} moves the {spacing} grid of {num_steps} steps to {rising[0]}..{rising[-1]}, "
                 f"outside 0..{total - 1}; use a smaller offset or spacing=trailing"
             )
-        # A grid whose first entry is `final` itself has nothing left to do there.
-        return (*(t for t in reversed(rising) if t > final), final)
+        # A grid whose last entry is `final` itself has nothing left to do there.
+        grid = tuple(t for t in reversed(rising) if t > final)
+        if not grid:
+            raise ValueError(f"no timestep of the {spacing} grid of {num_steps} steps lies above final={final}")
+        return (*grid, final)
 
 
 def _spaced(total: int, n: int, spacing: str) -> list[int]:

@@ -57,6 +57,8 @@ class ImportanceTimesteps(UniformTimesteps):
         if bool((self.counts < self.history.shape[1]).any()):
             return uniform
         p = self.history.square().mean(1).sqrt()
+        if not p.any():  # nothing left to learn anywhere
+            return uniform
         return torch.lerp(p / p.sum(), uniform, self.uniform_fraction)
 
     def forward(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
