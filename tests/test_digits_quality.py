@@ -56,13 +56,14 @@ def test_samples_are_no_copies_of_the_training_images():
     train, held_out = pixels[:NUM_TRAIN], pixels[NUM_TRAIN:]
     samples = torch.from_numpy(draw(NoGuidance())).float()
     same = torch.cdist(train, train).fill_diagonal_(torch.inf)
+    some = torch.randperm(NUM_TRAIN, generator=torch.Generator().manual_seed(0))[: len(held_out)]
     distances = {
         "sample to train": torch.cdist(samples, train).min(1).values,
         "train to other train": same.min(1).values,
         "held out to train": torch.cdist(held_out, train).min(1).values,
         "sample to held out": torch.cdist(samples, held_out).min(1).values,
-        "sample to as many of train": torch.cdist(samples, train[torch.randperm(NUM_TRAIN, generator=torch.Generator().manual_seed(0))[: len(held_out)]]).min(1).values,
-    }  # fmt: skip
+        "sample to as many of train": torch.cdist(samples, train[some]).min(1).values,
+    }
     for name, values in distances.items():
         print(f"{name}: mean {values.mean():.1f}, least {values.min():.1f}")
     assert distances["sample to train"].min() > 4  # half a grey level in each of 64 pixels

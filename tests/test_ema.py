@@ -1,7 +1,6 @@
 """Are the averages right? Against the code of three peers, and for what a training run needs of them."""
 
 import ast
-import functools
 import re
 
 import pytest
@@ -10,7 +9,7 @@ from golden_cases import GOLDEN
 from safetensors import safe_open
 from torch import nn
 
-from diffusion.training.ema import EMA, constant_decay, diffusers_decay, ldm_decay
+from diffusion.training.ema import EMA, ConstantDecay, DiffusersDecay, LdmDecay
 
 CASES = sorted((GOLDEN / "ema").glob("*.safetensors"))
 VALUE = r"(True|False|None|-?[0-9.]+(?:e-?[0-9]+)?)"
@@ -34,11 +33,11 @@ def rule_of(run):
     parsed = {name: ast.literal_eval(match[1]) for name, match in options.items() if match}
     decay = float(re.match(r"(?:rate|decay)([0-9.]*[0-9])", settings)[1])
     if kind == "update_ema":
-        return decay, constant_decay
+        return decay, ConstantDecay()
     if kind == "litema":
-        return decay, constant_decay if settings.endswith(".plain") else ldm_decay
+        return decay, ConstantDecay() if settings.endswith(".plain") else LdmDecay()
     assert kind == "diffusers_ema"
-    return decay, functools.partial(diffusers_decay, **parsed)
+    return decay, DiffusersDecay(**parsed)
 
 
 def network(values):
@@ -67,7 +66,7 @@ def test_averages_follow_the_peers_step_by_step(path, run):
     for k in range(len(next(iter(history.values()))) - 1):
         for name, parameter in net.named_parameters():
             parameter.data.copy_(history[name][k + 1])
-        ema.update(net)
+        ema.update()
         for name, average in ema.average().items():
             expected = tensors[f"out.{run}.{name}"][k]
             torch.testing.assert_close(average, expected, rtol=0, atol=1e-6 * max(1.0, float(expected.abs().max())))
@@ -89,7 +88,7 @@ def test_the_rule_of_diffusers_is_that_of_diffusers(settings, update_after_step)
 
     peer = EMAModel([nn.Parameter(torch.zeros(1))], decay=0.98, update_after_step=update_after_step, **settings)
     for n in range(1, 60):
-        ours = diffusers_decay(0.98, n, update_after_step=update_after_step, **settings)
+        ours = DiffusersDecay(update_after_step=update_after_step, **settings)(0.98, n)
         assert ours == pytest.approx(peer.get_decay(n), abs=1e-15)
 
 
@@ -109,25 +108,27 @@ def moved(net, by=1.0):
 
 
 def test_only_trainable_parameters_are_averaged(net):
-    ema = EMA([0.5], constant_decay)
+    ema = EMA([0.5], ConstantDecay())
     ema.start(net)
     assert set(ema.average()) == {name for name, p in net.named_parameters() if p.requires_grad}
     assert "0.weight" not in ema.average()
 
 
 def test_several_decays_are_kept_at_once(net):
-    ema = EMA([0.5, 0.9], constant_decay)
+    ema = EMA([0.5, 0.9], ConstantDecay())
     ema.start(net)
     before = net[2].bias.detach().clone()
-    ema.update(moved(net))
+    moved(net)
+    ema.update()
     torch.testing.assert_close(ema.average(0.5)["2.bias"], before + 0.5)
     torch.testing.assert_close(ema.average(0.9)["2.bias"], before + 0.1)
 
 
 def test_swapped_lends_the_average_and_gives_the_weights_back_bit_for_bit(net):
-    ema = EMA([0.5], constant_decay)
+    ema = EMA([0.5], ConstantDecay())
     ema.start(net)
-    ema.update(moved(net))
+    moved(net)
+    ema.update()
     raw = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(RuntimeError, match="inside"), ema.swapped(net):
         assert torch.equal(net[2].bias, ema.average()["2.bias"])
@@ -138,10 +139,11 @@ def test_swapped_lends_the_average_and_gives_the_weights_back_bit_for_bit(net):
 
 def test_half_precision_weights_are_averaged_in_float32():
     net = nn.Linear(2, 2).to(torch.bfloat16)
-    ema = EMA([0.9999], constant_decay)
+    ema = EMA([0.9999], ConstantDecay())
     ema.start(net)
     before = ema.average()["bias"].clone()
-    ema.update(moved(net))
+    moved(net)
+    ema.update()
     assert ema.average()["bias"].dtype == torch.float32
     assert not torch.equal(ema.average()["bias"], before)
     with ema.swapped(net):
@@ -151,12 +153,13 @@ def test_half_precision_weights_are_averaged_in_float32():
 def test_the_state_goes_there_and_back(net):
     ema = EMA([0.5, 0.9])
     ema.start(net)
-    ema.update(moved(net))
+    moved(net)
+    ema.update()
     back = EMA([0.9, 0.5])
     back.load_state_dict(ema.state_dict())
     back.start(moved(net))
-    ema.update(net)
-    back.update(net)
+    ema.update()
+    back.update()
     for decay in (0.5, 0.9):
         assert all(torch.equal(value, back.average(decay)[name]) for name, value in ema.average(decay).items())
 

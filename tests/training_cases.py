@@ -87,7 +87,7 @@ BASE: dict[str, Any] = {
     "ema": {
         "_target_": "diffusion.training.ema.EMA",
         "decays": [0.9, 0.5],
-        "rule": {"_target_": "diffusion.training.ema.ldm_decay", "_partial_": True},
+        "rule": {"_target_": "diffusion.training.ema.LdmDecay"},
     },
     "sampler": {"_target_": "diffusion.sampling.Sampler", "num_steps": 2, "eta": 1.0},
     "guidance": {"_target_": "diffusion.guidance.ClassifierFreeGuidance", "guidance_scale": 2.0},

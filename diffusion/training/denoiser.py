@@ -141,10 +141,11 @@ class DenoiserTask(LightningModule):
         """Clip as the trainer's flags say, and keep the norm from before."""
         by_norm = bool(gradient_clip_val) and gradient_clip_algorithm in (None, "norm")
         next_step = self.trainer.global_step + 1
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not by_norm and next_step % self.trainer.log_every_n_steps == 0:  # costs a pass over the gradients
-            self.gradient_norm = total_norm(self.net.parameters())
+            self.gradient_norm = total_norm(parameters)
         if by_norm:
-            self.gradient_norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+            self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -1,8 +1,8 @@
 """What happens when the loss is not a number? The run stops with one message, and its last checkpoint stays good."""
 
+import math
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class NonFiniteGuard(Callback):
 
 def check(step: int, loss: Tensor, t: Tensor) -> None:
     """Raise `NonFiniteLoss`, naming the step and its timesteps, unless `loss` is finite."""
-    if torch.isfinite(loss):
+    if math.isfinite(loss):
         return
     timesteps = ", ".join(str(one) for one in sorted(t.tolist())[:64])
     raise NonFiniteLoss(f"the loss became {loss.item()} at step {step}, in a batch with the timesteps {timesteps}")
