@@ -19,8 +19,10 @@ VARIANCE_ALIASES = {"fixed_small": "posterior", "fixed_large": "jump", "learned_
 
 
 def mix(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
-    """Return a x + b y, in two kernels and one allocation where b is a number."""
-    return a * x + b * y if isinstance(b, Tensor) else (a * x).add_(y, alpha=b)
+    """Return a x + b y: as a (x + b/a y), in two kernels and one allocation, where a and b are numbers."""
+    if isinstance(b, Tensor):
+        return a * x + b * y
+    return torch.add(x, y, alpha=b / a).mul_(a) if a != 0 else y * b
 
 
 def _at_least(value: float | Tensor, low: float) -> float | Tensor:
@@ -189,7 +191,7 @@ class GaussianDiffusion:
 
     def time(self, x: Tensor, t: int | float | Tensor) -> Tensor:
         """The (B,) tensor of times that the network is given for x (B, C, H, W) at timestep t."""
-        t = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+        t = t if isinstance(t, Tensor) else torch.full(x.shape[:1], t, device=x.device)
         return t if self.time_scale == 1 else t * self.time_scale
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -199,14 +201,15 @@ class GaussianDiffusion:
 
     def prediction(self, output: Tensor, x: Tensor, t: int | float | Tensor) -> Prediction:
         """Read the network's answer (B, C or 2C, H, W) to x at t. Raises ValueError if the channels do not fit."""
+        learned = self.learned_variance
         if output.shape[1] != self.out_channels(x.shape[1]):
             raise ValueError(
                 f"the network answered {output.shape[1]} channels for an image of {x.shape[1]}; with "
                 f"variance={self.variance} it must answer {self.out_channels(x.shape[1])}: set out_channels so, or "
-                f"variance={'posterior' if self.learned_variance else 'learned'}"
+                f"variance={'posterior' if learned else 'learned'}"
             )
         output, var_frac = output.to(x.dtype), None  # a half-precision network still moves a float32 x
-        if self.learned_variance:
+        if learned:
             output, var_frac = output.chunk(2, dim=1)
             var_frac = (var_frac + 1) / 2
         at = self.schedule.level(t).to(x)

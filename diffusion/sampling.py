@@ -4,6 +4,7 @@ Noise comes from outside: one generator a sample, so image i depends on its own 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -128,7 +129,8 @@ def sample(
         intervals = list(pairwise(intervals))
     history: History = ()
     for index, (t, s) in enumerate(intervals, start=1):
-        with torch.no_grad():
+        # A generator must not hold `no_grad` while its caller runs; where the caller does, there is nothing to enter.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             x, history = step(denoise, level, x, t, s, history, **step_kwargs)
         yield State(index, t, s, x, history[0][1])
 
@@ -191,6 +193,7 @@ class Sampler:
             **step_kwargs,
         )
 
+    @torch.no_grad()
     def sample(self, diffusion: GaussianDiffusion, denoise: Denoiser, x: Tensor, *, noise: Noise) -> Tensor:
         """Return the last state's x (B, C, H, W)."""
         for state in self.states(diffusion, denoise, x, noise=noise):

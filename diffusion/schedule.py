@@ -46,16 +46,13 @@ class Schedule:
             )
         if self.betas[0] == 0:
             raise ValueError("the first beta is 0, so that timestep 0 would be clean data; start above 0")
+        self.num_train_timesteps = len(self.betas)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         # T + 1 entries, CLEAN first: timestep t is at index t + 1, so a gather needs no special case.
         alphas = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.sqrt()])
         sigmas = torch.cat([torch.zeros(1, dtype=torch.float64), (1 - self.alphas_cumprod).sqrt()])
         self._tables = {torch.device("cpu"): (alphas, sigmas)}
         self._levels = [Level(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return len(self.betas)
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -68,6 +65,8 @@ class Schedule:
         Raises ValueError outside that range (on an accelerator, which must not be waited for, indexing fails instead).
         """
         last = self.num_train_timesteps - 1
+        if type(t) is int and CLEAN <= t <= last:  # a sampler asks several times a step
+            return self._levels[t + 1]
         if isinstance(t, Tensor):
             alphas, sigmas = self._on(t.device)
             if t.device.type == "cpu" and not bool(((t >= CLEAN) & (t <= last)).all()):

@@ -63,8 +63,8 @@ class EMA(Callback):
     """Keep averages of `task.net`'s trainable parameters, one for each of `decays`; the first is the one exported.
 
     `rule` maps (target decay, number of the update from 1) to the decay used; ldm's by default. Averages start as a
-    copy of the initial weights, live on the parameters' device, and are held in float32 even where the parameters are not (in bfloat16 an
-    update by 1e-4 would be rounded away). Buffers are not averaged: a swapped network uses its own.
+    copy of the initial weights, live on the parameters' device, and are held in float32 even where the parameters are
+    not (in bfloat16 an update by 1e-4 would be rounded away). Buffers are not averaged: a swapped network uses its own.
     """
 
     def __init__(self, decays: Sequence[float] = (0.9999,), rule: DecayRule | None = None) -> None:
