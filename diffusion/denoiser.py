@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .process import GaussianDiffusion, Prediction
 
+NULL_LABEL = -1  # of a sample without a class; networks add nothing for it
+
 Denoiser = Callable[[Tensor, int | float | Tensor], Prediction]
 Network = Callable[..., Tensor]  # net(x, t, *, label=None, context=None, vector=None, concat=None)
 

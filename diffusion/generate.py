@@ -16,12 +16,12 @@ import yaml
 from torch import Tensor, nn
 
 from diffusion.checkpoint import LoadedModel, atomic_write, git_commit, package_version
+from diffusion.denoiser import NULL_LABEL
 from diffusion.guidance import NoGuidance
 from diffusion.images import grid, label_layout, save_npz, save_png, to_uint8
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import SampleNoise, Sampler
 
-NULL_LABEL = -1
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -23,7 +23,9 @@ def blocks(text: str, language: str) -> list[str]:
 @pytest.mark.parametrize("code", list(blocks(README.split("## Add a part")[0], "python")))
 def test_python_examples_run(code, monkeypatch):
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})
+    namespace = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert "x0" in namespace or "theirs" in namespace  # what the examples end with
 
 
 def test_there_is_a_short_recipe_for_each_kind_of_part():

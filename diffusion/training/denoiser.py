@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from diffusion.denoiser import NULL_LABEL
 from diffusion.losses import DenoisingLoss
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import fold, generator
 from diffusion.timestep_samplers import StratifiedTimesteps, UniformTimesteps
 from diffusion.training.ema import EMA, average_name
 
-NULL_LABEL = -1
 QUARTERS = 4  # parts of the chain whose losses are logged apart
 
 
