@@ -84,6 +84,7 @@ def main(chunks: int = 40) -> None:
         cfg = compose("train", [f"run_dir={folder}", f"trainer.max_steps={chunks * CHUNK}", *rest.split()])
         config = OmegaConf.to_container(cfg, resolve=True)
         run.quieten_lightning()
+        torch.set_num_threads(config["threads"] or torch.get_num_threads())
         task, data = run.build_task(config), run.build(config["data"])
         data.setup("fit")
         bare = bare_loop(task, data, config["trainer"]["gradient_clip_val"], config["ema"]["decays"][0])
