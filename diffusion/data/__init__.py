@@ -16,6 +16,7 @@ _HOMES = {
     "ImageData": "base",
     "ImageFolder": "image_folder",
     "ImageSet": "images",
+    "KeyedSet": "images",
     "MNIST": "torchvision_sets",
     "ShapeImages": "shapes",
     "Shapes": "shapes",

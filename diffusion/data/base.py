@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffusion.data.batches import EpochBatches, EpochLoader
-from diffusion.data.images import ImageSet
+from diffusion.data.images import ImageSet, KeyedSet
 
 
 class ImageData(LightningDataModule):
@@ -51,6 +51,7 @@ class ImageData(LightningDataModule):
         self.batch_size, self.num_workers, self.pin_memory, self.seed = batch_size, num_workers, pin_memory, seed
         self.train_set: ImageSet | None = None
         self.val_set: ImageSet | None = None
+        self._instead: dict[str, KeyedSet] = {}
         self._train_loader: EpochLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -59,14 +60,26 @@ class ImageData(LightningDataModule):
         """(C, H, W) of one image."""
         return self.channels, self.image_size, self.image_size
 
+    def serve(self, *, train: KeyedSet, val: KeyedSet) -> None:
+        """Give these samples in place of `train_set` and `val_set` from now on: what a cache has made of them.
+
+        They must be as many. Order, mirrors, ranks and the place where a run goes on are those of the images.
+        """
+        self._ensure_setup()
+        for name, served, images in (("train", train, self.train_set), ("val", val, self.val_set)):
+            if len(served) != len(images):
+                raise ValueError(f"{len(served)} samples cannot stand for the {len(images)} images of the {name} set")
+        self._instead = {"train": train, "val": val}
+
     def train_dataloader(self) -> EpochLoader:
         """The shuffled training set; each `iter` is the next epoch, and the first one after a resume its rest."""
         self._ensure_setup()
+        dataset = self._instead.get("train", self.train_set)
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # then every epoch is epoch 0
-        loader = self._loader(self.train_set, drop_last=True, reshuffle=not overfit)
+        loader = self._loader(dataset, drop_last=True, reshuffle=not overfit)
         if not len(loader):
             raise ValueError(
-                f"{len(self.train_set)} training images do not fill one batch of {loader.batches.global_batch_size}; "
+                f"{len(dataset)} training images do not fill one batch of {loader.batches.global_batch_size}; "
                 f"lower data.batch_size (it is {self.batch_size}) or add images"
             )
         if self._resume is not None:
@@ -77,7 +90,7 @@ class ImageData(LightningDataModule):
     def val_dataloader(self) -> EpochLoader:
         """The validation set in its own order, all of it."""
         self._ensure_setup()
-        return self._loader(self.val_set, drop_last=False, shuffle=False)
+        return self._loader(self._instead.get("val", self.val_set), drop_last=False, shuffle=False)
 
     def _ensure_setup(self) -> None:
         """Do what Lightning's trainer would have done, for use without one."""
@@ -85,7 +98,7 @@ class ImageData(LightningDataModule):
             self.prepare_data()
             self.setup("fit")
 
-    def _loader(self, dataset: ImageSet, **order: bool) -> EpochLoader:
+    def _loader(self, dataset: KeyedSet, **order: bool) -> EpochLoader:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
         return EpochLoader(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from diffusion.data.images import ImageSet
+from diffusion.data.images import KeyedSet
 from diffusion.randomness import fold, generator
 
 
@@ -91,7 +91,7 @@ class EpochLoader(DataLoader):
     Only batches that were handed over count, not those that workers have fetched ahead.
     """
 
-    def __init__(self, dataset: ImageSet, batches: EpochBatches, **kwargs: Any) -> None:
+    def __init__(self, dataset: KeyedSet, batches: EpochBatches, **kwargs: Any) -> None:
         # DataLoader draws a worker seed at each iter; from the global generator that would disturb the training's.
         source = torch.Generator().manual_seed(fold(batches.seed, "workers"))
         super().__init__(dataset, batch_sampler=batches, collate_fn=collated, generator=source, **kwargs)
@@ -123,5 +123,5 @@ class EpochLoader(DataLoader):
 
 
 def collated(batch: dict[str, Any]) -> dict[str, Any]:
-    """An `ImageSet` answers a list of keys with a finished batch: nothing is left to collate."""
+    """A `KeyedSet` answers a list of keys with a finished batch: nothing is left to collate."""
     return batch

@@ -16,11 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion.data.base import ImageData
-from diffusion.data.images import ImageSet
-from diffusion.data.listing import UNREADABLE, Entry, class_names, decode, entries, some, unreadable
+from diffusion.data.images import ImageSet, digest
+from diffusion.data.listing import UNREADABLE, Entry, class_names, decode, entries, mark, some, unreadable
 from diffusion.randomness import fold
 
 MODES = {1: "L", 3: "RGB"}
+# What `read_image` does to a file, for those who keep what they made of its answer: say so here when it changes.
+TRANSFORM = "upright, on white, shorter side resized by Lanczos, centre cut out"
 
 
 def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
@@ -90,6 +92,17 @@ class FolderImages(ImageSet):
             else:
                 return image, index
         raise ValueError(f"none of the {len(self)} images in {self.root} can be read any more")
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"transform": TRANSFORM}
+
+    def content(self) -> str:
+        """Hash every file's name, size and time of change, its label and its caption, wherever the folder lies."""
+        labels = self.labels or [None] * len(self)
+        return digest(
+            (entry.name, mark(self.root / entry.name), label, entry.caption)
+            for entry, label in zip(self.entries, labels, strict=True)
+        )
 
 
 class ImageFolder(ImageData):
