@@ -1,0 +1,393 @@
+"""How do a caption, a label or an image become what a network is conditioned on?
+
+A conditioner prepares what people and batches hold (text, numbers, images) as tensors and encodes those into the
+network's vocabulary: `context` (B, L, D), `context_mask` (B, L), `vector` (B, D), `concat` (B, C, H, W).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.denoiser import NULL_LABEL
+from diffusion.models.text import TextTransformer
+from diffusion.models.vision import PatchEncoder
+from diffusion.tokenizer import ClipTokenizer
+
+
+class Conditioner(nn.Module, ABC):
+    """What turns the batch entry `entry` into a network's condition.
+
+    `provides` holds the widths of what `forward` returns, such as {"context": 512}.
+    """
+
+    entry: str
+    provides: dict[str, int]
+
+    @abstractmethod
+    def prepare(self, values: Any) -> Tensor:
+        """A tensor of one row a sample from what a person gave; ValueError if that is of another kind."""
+
+    @abstractmethod
+    def null_like(self, prepared: Tensor) -> Tensor:
+        """What a sample without a condition holds instead, of the same shape."""
+
+    @abstractmethod
+    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
+        """The condition of every row, null rows included."""
+
+    def read(self, batch: Mapping[str, Any]) -> Tensor:
+        """`prepare` this conditioner's entry of a batch."""
+        if self.entry not in batch:
+            raise ValueError(
+                f"this model is conditioned on `{self.entry}`, but the data give only {', '.join(batch)}; "
+                f"choose data that have it, or another conditioner"
+            )
+        return self.prepare(batch[self.entry])
+
+    def forward(self, prepared: Tensor, drop: Tensor | None = None) -> dict[str, Tensor]:
+        """The condition; rows where `drop` (B,) is True get the null condition."""
+        if drop is not None:
+            rows = drop.view(-1, *(1,) * (prepared.ndim - 1))
+            prepared = torch.where(rows, self.null_like(prepared), prepared)
+        return self.encode(prepared)
+
+
+class TextConditioner(Conditioner):
+    """Captions through a text transformer: `context` is one of its hidden states, token by token.
+
+    layer: "last", "penultimate" or a negative index into the hidden states; `final_norm` applies the transformer's last
+    norm to it. Stable Diffusion 1 is ("last", True, pad "end"), 2 ("penultimate", True, "zero"), XL ("penultimate",
+    False). `pooled` adds `vector`: the (projected) state at the caption's end. `masked` adds `context_mask`, False on
+    the padding, and hides that from the encoder too. `max_length` below the encoder's makes shorter contexts.
+
+    frozen: never trained, always in eval mode, no gradients. weights: a .safetensors file in the names of transformers
+    or open_clip, or a whole checkpoint that holds them; it is read once, here, and not on the meta device. A model
+    rebuilt from its own checkpoint has weights=None.
+    """
+
+    entry = "caption"
+
+    def __init__(
+        self,
+        encoder: TextTransformer,
+        *,
+        max_length: int | None = None,
+        pad: str = "end",
+        layer: str | int = "last",
+        final_norm: bool = True,
+        pooled: bool = False,
+        masked: bool = False,
+        frozen: bool = False,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        max_length = encoder.max_length if max_length is None else max_length
+        if max_length > encoder.max_length:
+            raise ValueError(
+                f"max_length={max_length}, but the text transformer has {encoder.max_length} positions; "
+                "lower it, or raise the encoder's max_length"
+            )
+        self.tokenizer = ClipTokenizer(max_length, pad=pad, vocab_size=encoder.vocab_size)
+        self.layer = _layer_index(layer, len(encoder.blocks))
+        self.encoder = encoder
+        self.final_norm, self.pooled, self.masked, self.frozen = final_norm, pooled, masked, frozen
+        self.provides = {"context": encoder.channels}
+        if pooled:
+            self.provides["vector"] = encoder.projection_channels or encoder.channels
+        if weights is not None and not encoder.token_embedding.weight.is_meta:
+            from diffusion.pretrained.text_files import load_text_weights
+
+            load_text_weights(encoder, weights)
+        if frozen:
+            encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "TextConditioner":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def prepare(self, values: str | Sequence[str]) -> Tensor:
+        """Token ids (B, max_length) of captions; words that do not fit are reported by a warning."""
+        captions = [values] if isinstance(values, str) else values
+        if isinstance(captions, Tensor) or not isinstance(captions, Sequence):
+            raise ValueError(_not_text(captions))
+        for number, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"caption {number} is not text: {_not_text(caption)}")
+        return self.tokenizer(captions)
+
+    def null_like(self, prepared: Tensor) -> Tensor:
+        return self.tokenizer.empty.to(prepared.device).expand_as(prepared)
+
+    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad() if self.frozen else nullcontext():
+            return self._encode(prepared)
+
+    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
+        mask = self._mask(tokens) if self.masked else None
+        depth = len(self.encoder.blocks)
+        states = self.encoder(tokens, mask, num_layers=depth if self.pooled else depth + 1 + self.layer)
+        context = states[self.layer if self.pooled else -1]
+        condition = {"context": self.encoder.norm_out(context) if self.final_norm else context}
+        if mask is not None:
+            condition["context_mask"] = mask
+        if self.pooled:
+            vector = self.encoder.pool(self.encoder.norm_out(states[-1]), tokens, end=self.tokenizer.end)
+            condition["vector"] = vector if self.encoder.projection is None else self.encoder.projection(vector)
+        return condition
+
+    def _mask(self, tokens: Tensor) -> Tensor:
+        """True up to the first end token and on it."""
+        ends = (tokens == self.tokenizer.end).int()
+        return ends.cumsum(dim=1) == ends
+
+
+class ClassConditioner(Conditioner):
+    """A label as a context of one token, as latent diffusion's ClassEmbedder; -1 is the null label, the last row."""
+
+    entry = "label"
+
+    def __init__(self, num_classes: int, channels: int = 512) -> None:
+        super().__init__()
+        if num_classes is None or num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}; a class conditioner needs data with classes, at least 1")
+        self.num_classes = num_classes
+        self.embedding = nn.Embedding(num_classes + 1, channels)
+        self.provides = {"context": channels}
+
+    def prepare(self, values: Tensor | Sequence[int]) -> Tensor:
+        """Labels (B,) int64, of 0 to num_classes - 1 or -1 for none."""
+        try:
+            label = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            label = torch.empty(0)
+        if label.ndim != 1 or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+            raise ValueError(
+                f"this model is conditioned on class labels, integers of 0 to {self.num_classes - 1}, "
+                f"but got {_shown(values)}; a text needs a model trained on captions"
+            )
+        # On an accelerator this would wait for the device; the embedding fails there by itself.
+        if label.device.type == "cpu" and label.numel() and not -1 <= label.min() <= label.max() < self.num_classes:
+            raise ValueError(
+                f"labels from {int(label.min())} to {int(label.max())} given, but this model knows the classes 0 to "
+                f"{self.num_classes - 1} and -1 for no class"
+            )
+        return label.long()
+
+    def null_like(self, prepared: Tensor) -> Tensor:
+        return torch.full_like(prepared, NULL_LABEL)
+
+    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
+        label = torch.where(prepared < 0, self.num_classes, prepared)
+        return {"context": self.embedding(label)[:, None]}
+
+
+class ImageConditioner(Conditioner):
+    """An image as context tokens, one a patch, by an encoder trained along with the denoiser; null is a learned token.
+
+    Without other data the image is the one to be denoised itself (variations of it); `entry` names another one.
+    """
+
+    def __init__(self, encoder: PatchEncoder, *, entry: str = "image") -> None:
+        super().__init__()
+        self.entry, self.encoder = entry, encoder
+        self.null = nn.Parameter(0.02 * torch.randn(1, 1, encoder.channels))
+        self.provides = {"context": encoder.channels}
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], of any size; the encoder resizes them to its own."""
+        return _images(values, self.encoder.in_channels)
+
+    def null_like(self, prepared: Tensor) -> Tensor:
+        return torch.full_like(prepared, torch.nan)  # no picture looks like this; `encode` never computes with it
+
+    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
+        absent = prepared.isnan().flatten(1).any(dim=1)
+        tokens = self.encoder(prepared.masked_fill(absent[:, None, None, None], 0.0))
+        return {"context": torch.where(absent[:, None, None], self.null.to(tokens.dtype), tokens)}
+
+
+class LowResolutionConditioner(Conditioner):
+    """A smaller version of the image as further input channels, for super-resolution (arXiv 2104.07636, 2112.10752).
+
+    image_size: H = W of the full image, or (H, W); the condition has 1/factor of that. `prepare` reduces what is larger
+    (in training, the image to be denoised) and takes as it is what has that size already. size: H = W, or (H, W), of
+    the denoiser's x, to which the condition is resized: the image's in pixel space (the default), the latents' in a
+    latent model. kernel: "bicubic" or "bilinear", both antialiased, or "area"; `blur` is the standard deviation, in
+    pixels of the full image, of a Gaussian blur before it. `droppable=False` keeps the image where guidance and
+    condition dropout ask for a null condition (a text-guided upscaler's); otherwise null is zeros.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        factor: int,
+        *,
+        channels: int = 3,
+        size: int | Sequence[int] | None = None,
+        kernel: str = "bicubic",
+        blur: float = 0.0,
+        droppable: bool = True,
+        entry: str = "image",
+    ) -> None:
+        super().__init__()
+        if kernel not in ("bicubic", "bilinear", "area"):
+            raise ValueError(f"kernel={kernel!r} is unknown; choose 'bicubic', 'bilinear' or 'area'")
+        full = _pair(image_size)
+        if factor < 1 or any(side % factor for side in full):
+            raise ValueError(f"factor={factor} does not divide image_size={full}; choose a divisor of both sides")
+        if blur < 0:
+            raise ValueError(f"blur={blur} is a standard deviation in pixels; it must be at least 0")
+        self.low_size = tuple(side // factor for side in full)
+        self.size = full if size is None else _pair(size)
+        self.channels, self.kernel, self.blur = channels, kernel, blur
+        self.droppable, self.entry = droppable, entry
+        self.provides = {"concat": channels}
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """Images (B, C, h, w) in [-1, 1] of the low resolution from images of any size."""
+        images = _images(values, self.channels)
+        if images.shape[-2:] == self.low_size:
+            return images
+        return _resized(_blurred(images, self.blur) if self.blur else images, self.low_size, self.kernel).clamp(-1, 1)
+
+    def null_like(self, prepared: Tensor) -> Tensor:
+        return torch.zeros_like(prepared) if self.droppable else prepared
+
+    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
+        return {"concat": _resized(prepared, self.size, "bilinear")}
+
+
+@dataclass(frozen=True)
+class JointInput:
+    """Prepared inputs of several conditioners, moved, cut and counted like one tensor of as many rows."""
+
+    parts: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, rows: Any) -> "JointInput":
+        return JointInput(tuple(part[rows] for part in self.parts))
+
+    def to(self, *args: Any, **kwargs: Any) -> "JointInput":
+        return JointInput(tuple(part.to(*args, **kwargs) for part in self.parts))
+
+
+class JointConditioner(Conditioner):
+    """Several conditioners at once. Contexts follow one another; vectors and concatenated channels stand side by side.
+
+    `entry` is the tuple of theirs, and `prepare` takes as many values; a dropped sample loses all of them.
+    """
+
+    def __init__(self, conditioners: Sequence[Conditioner]) -> None:
+        super().__init__()
+        if not conditioners:
+            raise ValueError("JointConditioner needs at least one conditioner; use conditioner=none for none")
+        self.conditioners = nn.ModuleList(conditioners)
+        self.entry = tuple(part.entry for part in conditioners)
+        self.provides = {}
+        for part in conditioners:
+            for name, width in part.provides.items():
+                if name == "context" and self.provides.get(name, width) != width:
+                    raise ValueError(
+                        f"contexts of {self.provides[name]} and of {width} channels cannot follow one another; "
+                        "give the conditioners equal widths"
+                    )
+                self.provides[name] = width if name == "context" else self.provides.get(name, 0) + width
+
+    def prepare(self, values: Sequence[Any]) -> JointInput:
+        if len(values) != len(self.conditioners):
+            raise ValueError(f"{len(values)} inputs for the conditioners of {', '.join(self.entry)}; give one each")
+        return JointInput(tuple(part.prepare(value) for part, value in zip(self.conditioners, values, strict=True)))
+
+    def read(self, batch: Mapping[str, Any]) -> JointInput:
+        return JointInput(tuple(part.read(batch) for part in self.conditioners))
+
+    def null_like(self, prepared: JointInput) -> JointInput:
+        return JointInput(tuple(c.null_like(part) for c, part in zip(self.conditioners, prepared.parts, strict=True)))
+
+    def forward(self, prepared: JointInput, drop: Tensor | None = None) -> dict[str, Tensor]:
+        return _merged([c(part, drop) for c, part in zip(self.conditioners, prepared.parts, strict=True)])
+
+    def encode(self, prepared: JointInput) -> dict[str, Tensor]:
+        return self(prepared)
+
+
+def _merged(conditions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One condition from several; without a mask of its own, a context is looked at entirely."""
+    if any("context_mask" in condition for condition in conditions):
+        for condition in conditions:
+            if "context" in condition and "context_mask" not in condition:
+                context = condition["context"]
+                condition["context_mask"] = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+    names = dict.fromkeys(name for condition in conditions for name in condition)
+    return {name: torch.cat([c[name] for c in conditions if name in c], dim=1) for name in names}
+
+
+def _layer_index(layer: str | int, num_layers: int) -> int:
+    index = {"last": -1, "penultimate": -2}.get(layer, layer)
+    if not isinstance(index, int) or not -num_layers - 1 <= index <= -1:
+        raise ValueError(
+            f"layer={layer!r} is not one of a text transformer of {num_layers} layers; choose 'last', 'penultimate' "
+            f"or -1 (the last) to -{num_layers + 1} (the embeddings)"
+        )
+    return index
+
+
+def _shown(value: Any) -> str:
+    text = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _not_text(value: Any) -> str:
+    return (
+        f"this model is conditioned on captions, but got {_shown(value)}; "
+        'give texts (prompt="..." when sampling, data with captions when training)'
+    )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _images(values: Any, channels: int) -> Tensor:
+    """Check images (B, channels, H, W) in [-1, 1]; on an accelerator only their shape, which asks for no waiting."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 4:
+        raise ValueError(
+            f"this model is conditioned on images, a float tensor (B, {channels}, H, W) in [-1, 1], "
+            f"but got {_shown(values)}"
+        )
+    if values.shape[1] != channels:
+        raise ValueError(f"this model is conditioned on images of {channels} channels, but got {values.shape[1]}")
+    if values.device.type == "cpu" and values.numel():
+        low, high = values.aminmax()
+        if not (low >= -1.01 and high <= 1.01):  # NaN is neither
+            raise ValueError(f"images to condition on must be in [-1, 1]; these are from {low:.4g} to {high:.4g}")
+    return values
+
+
+def _resized(images: Tensor, size: tuple[int, int], kernel: str) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    if kernel == "area":
+        return F.interpolate(images, size, mode="area")
+    return F.interpolate(images, size, mode=kernel, align_corners=False, antialias=True)
+
+
+def _blurred(images: Tensor, std: float) -> Tensor:
+    """Gaussian blur, separable, with mirrored borders, to three standard deviations."""
+    reach = max(1, round(3 * std))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / std) ** 2).to(images.dtype)
+    weights = (weights / weights.sum()).expand(images.shape[1], 1, -1)
+    padded = F.pad(images, (reach,) * 4, mode="reflect")
+    rows = F.conv2d(padded, weights[:, :, None], groups=images.shape[1])
+    return F.conv2d(rows, weights[..., None], groups=images.shape[1])
