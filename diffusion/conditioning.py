@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Conditioner(nn.Module, ABC):
 
     entry: str
     provides: dict[str, int]
+    num_classes: int | None = None  # where a label is read
 
     @abstractmethod
     def prepare(self, values: Any) -> Tensor:
@@ -42,19 +44,29 @@ class Conditioner(nn.Module, ABC):
     def encode(self, prepared: Tensor) -> dict[str, Tensor]:
         """The condition of every row, null rows included."""
 
-    def read(self, batch: Mapping[str, Any]) -> Tensor:
-        """`prepare` this conditioner's entry of a batch."""
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """All batch entries that are read."""
+        return (self.entry,)
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.parameters(), self.buffers())).device
+
+    def prepare_batch(self, batch: Mapping[str, Any]) -> Tensor:
+        """`prepare` of this conditioner's entry; ValueError where the batch lacks it."""
         if self.entry not in batch:
             raise ValueError(
                 f"this model is conditioned on `{self.entry}`, but the data give only {', '.join(batch)}; "
-                f"choose data that have it, or another conditioner"
+                "choose data that have it, or another conditioner"
             )
         return self.prepare(batch[self.entry])
 
     def forward(self, prepared: Tensor, drop: Tensor | None = None) -> dict[str, Tensor]:
-        """The condition; rows where `drop` (B,) is True get the null condition."""
+        """The condition, on this module's device; rows where `drop` (B,) is True get the null condition."""
+        prepared = prepared.to(self.device)
         if drop is not None:
-            rows = drop.view(-1, *(1,) * (prepared.ndim - 1))
+            rows = drop.to(self.device).view(-1, *(1,) * (prepared.ndim - 1))
             prepared = torch.where(rows, self.null_like(prepared), prepared)
         return self.encode(prepared)
 
@@ -251,6 +263,7 @@ class LowResolutionConditioner(Conditioner):
         self.channels, self.kernel, self.blur = channels, kernel, blur
         self.droppable, self.entry = droppable, entry
         self.provides = {"concat": channels}
+        self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device, as weights would
 
     def prepare(self, values: Tensor) -> Tensor:
         """Images (B, C, h, w) in [-1, 1] of the low resolution from images of any size."""
@@ -285,7 +298,7 @@ class JointInput:
 class JointConditioner(Conditioner):
     """Several conditioners at once. Contexts follow one another; vectors and concatenated channels stand side by side.
 
-    `entry` is the tuple of theirs, and `prepare` takes as many values; a dropped sample loses all of them.
+    `prepare` takes one value a conditioner, in their order; a dropped sample loses all of them.
     """
 
     def __init__(self, conditioners: Sequence[Conditioner]) -> None:
@@ -293,7 +306,7 @@ class JointConditioner(Conditioner):
         if not conditioners:
             raise ValueError("JointConditioner needs at least one conditioner; use conditioner=none for none")
         self.conditioners = nn.ModuleList(conditioners)
-        self.entry = tuple(part.entry for part in conditioners)
+        self.num_classes = next((part.num_classes for part in conditioners if part.num_classes), None)
         self.provides = {}
         for part in conditioners:
             for name, width in part.provides.items():
@@ -304,13 +317,17 @@ class JointConditioner(Conditioner):
                     )
                 self.provides[name] = width if name == "context" else self.provides.get(name, 0) + width
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(entry for part in self.conditioners for entry in part.entries))
+
     def prepare(self, values: Sequence[Any]) -> JointInput:
         if len(values) != len(self.conditioners):
-            raise ValueError(f"{len(values)} inputs for the conditioners of {', '.join(self.entry)}; give one each")
+            raise ValueError(f"{len(values)} inputs for {len(self.conditioners)} conditioners; give one each")
         return JointInput(tuple(part.prepare(value) for part, value in zip(self.conditioners, values, strict=True)))
 
-    def read(self, batch: Mapping[str, Any]) -> JointInput:
-        return JointInput(tuple(part.read(batch) for part in self.conditioners))
+    def prepare_batch(self, batch: Mapping[str, Any]) -> JointInput:
+        return JointInput(tuple(part.prepare_batch(batch) for part in self.conditioners))
 
     def null_like(self, prepared: JointInput) -> JointInput:
         return JointInput(tuple(c.null_like(part) for c, part in zip(self.conditioners, prepared.parts, strict=True)))
