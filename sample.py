@@ -3,6 +3,7 @@
     uv run sample.py                                       # the digits that come with this repository
     uv run sample.py checkpoint=outputs/digits/TIME/model.safetensors num_samples=100 seed=1000
     uv run sample.py labels=[3,7] guidance.guidance_scale=4 sampler.num_steps=20
+    uv run sample.py checkpoint=FILE prompt="a small red star on a blue background" negative_prompt="a circle"
     uv run sample.py sampler=ddpm guidance=none
     uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig
 from diffusion.cli import command
 
 
-@command("sample", __doc__, folder="out_dir")
+@command("sample", __doc__, folder="out_dir", texts=("prompt", "negative_prompt"))
 def main(cfg: DictConfig) -> None:
     """Load, build, sample, write."""
     from hydra.utils import instantiate
@@ -26,7 +27,7 @@ def main(cfg: DictConfig) -> None:
 
     config = OmegaConf.to_container(cfg, resolve=True)
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
-    model = load_model(config["checkpoint"], buildable=config["buildable"])
+    model = load_model(config["checkpoint"], buildable=config["buildable"], autoencoder=config["autoencoder"])
     print(sample_to_folder(model, sampler, guidance, config))
 
 

@@ -6,6 +6,7 @@ on an allow-list, never unpickles and checks every tensor; writing is atomic, so
 
 import errno
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,51 @@ BUILDABLE: frozenset[str] = frozenset(
         "diffusion.schedule.shifted",
         "diffusion.schedule.zero_terminal_snr",
         "diffusion.models.unet.UNet",
+        "diffusion.models.unet.SuperResolutionUNet",
+        "diffusion.models.autoencoder.AutoencoderKL",
+        "diffusion.models.vq.VQAutoencoder",
+        "diffusion.models.conv_vae.ConvVAE",
+        "diffusion.models.text.TextTransformer",
+        "diffusion.models.vision.PatchEncoder",
+        "diffusion.conditioning.TextConditioner",
+        "diffusion.conditioning.ClassConditioner",
+        "diffusion.conditioning.ImageConditioner",
+        "diffusion.conditioning.LowResolutionConditioner",
+        "diffusion.conditioning.JointConditioner",
     }
 )
+PARTS = ("autoencoder", "conditioner")  # what a denoiser may need beside it; their tensors are named PART.NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A module that a denoiser needs beside it, and the config node that rebuilds it.
+
+    `bundled` puts its weights into the denoiser's file; else the file names it by hash, and by `source`, its own file.
+    """
+
+    module: nn.Module
+    config: Mapping[str, Any]
+    bundled: bool = True
+    source: str | None = None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """`weights_hash` of the module as it was when first asked for: a frozen module is hashed once."""
+        return weights_hash(self.module)
+
+    def described(self) -> dict[str, Any]:
+        """Return what a file says about this part."""
+        config = dict(self.config)
+        return {"config": config, "sha256": self.sha256, "bundled": self.bundled, "source": self.source}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a model file says about itself. `facts` has shape (C, H, W), num_classes, class_names and condition_drop."""
+    """What a model file says about itself. `facts` has shape (C, H, W), num_classes, class_names and condition_drop.
+
+    `parts` describes the autoencoder and the conditioner of a denoiser: config, sha256, bundled, source.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -59,6 +98,12 @@ class Header:
     git_commit: str
     torch_version: str
     shapes: dict[str, tuple[int, ...]]  # of every tensor in the file
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Return "denoiser" or "autoencoder"."""
+        return "denoiser" if self.config.get("net") else "autoencoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +112,8 @@ class LoadedModel(Header):
 
     net: nn.Module
     diffusion: Any
+    autoencoder: nn.Module | None = None
+    conditioner: nn.Module | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,17 +202,22 @@ def save_model(
     step: int,
     facts: Mapping[str, Any],
     ema_decay: float | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> None:
-    """Write `net` and all that rebuilds it to one safetensors file, atomically.
+    """Write a denoiser or an autoencoder, and all that rebuilds it, to one safetensors file, atomically.
 
-    `config` is the resolved config as plain data and must have the nodes `net` and `diffusion`; `weights` says which
-    weights `net` holds now ("ema" or "raw"); `facts` are shape (C, H, W), num_classes, class_names, condition_drop.
+    `config` is the resolved config as plain data and must have the nodes `net` and `diffusion`, or `autoencoder` where
+    `net` is one; `weights` says which weights `net` holds now ("ema" or "raw"); `facts` are shape (C, H, W) of the
+    images, num_classes, class_names, condition_drop; `parts` what a denoiser needs beside it, by a name of `PARTS`.
     """
+    parts = dict(parts or {})
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} says nothing; it must be 'ema' or 'raw', whichever the net holds now")
-    if lacking := {"net", "diffusion"} - set(config):
+    denoises = config.get("net") or not config.get("autoencoder")
+    if denoises and (lacking := {name for name in ("net", "diffusion") if not config.get(name)}):
         raise ValueError(
-            f"the config lacks {sorted(lacking)}; a checkpoint is rebuilt from its `net` and `diffusion` nodes"
+            f"the config lacks {sorted(lacking)}; a checkpoint is rebuilt from its `net` and `diffusion` nodes, or "
+            "from its `autoencoder` node"
         )
     if lacking := {"shape", "num_classes", "class_names", "condition_drop"} - set(facts):
         raise ValueError(f"facts lack {sorted(lacking)}; sampling cannot know them from the weights")
@@ -180,16 +232,30 @@ def save_model(
         "package_version": package_version(),
         "git_commit": git_commit(),
         "torch_version": str(torch.__version__),
+        "parts": _json("parts", {name: part.described() for name, part in parts.items()}),
     }
+    states = {"": net, **{f"{name}.": part.module for name, part in parts.items() if part.bundled}}
     with atomic_write(path) as partial:
-        save_file(_plain_tensors(net), partial, metadata=metadata)
+        save_file(_plain_tensors(states), partial, metadata=metadata)
 
 
-def _plain_tensors(net: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict as safetensors wants it: row-major, on the CPU, no two names sharing memory."""
+def weights_hash(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's tensors: names, types, shapes and values, wherever and in whatever order."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted((_clean(key), tensor) for key, tensor in module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain_tensors(states: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the states, by prefix, as safetensors wants them: row-major, on the CPU, no two names sharing memory."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for key, tensor in net.state_dict().items():
+    for key, tensor in (
+        (p + key, tensor) for p, module in states.items() for key, tensor in module.state_dict().items()
+    ):
         plain = tensor.detach().cpu().contiguous()
         address = plain.untyped_storage().data_ptr()
         tensors[_clean(key)] = plain.clone() if address in seen else plain
@@ -267,6 +333,7 @@ def read_header(path: str | Path) -> Header:
             package_version=metadata["package_version"],
             git_commit=metadata["git_commit"],
             torch_version=metadata["torch_version"],
+            parts=json.loads(metadata.get("parts", "{}")),
             shapes={name: tuple(entry["shape"]) for name, entry in raw.items()},
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -340,32 +407,111 @@ def _neighbours(path: Path) -> str:
     return "; train one with `uv run train.py`, whose last line names the file it wrote"
 
 
-def load_model(path: str | Path, *, device: torch.device | str = "cpu", buildable: Sequence[str] = ()) -> LoadedModel:
-    """Rebuild the network and its diffusion process from one file, strictly.
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    buildable: Sequence[str] = (),
+    autoencoder: str | Path | None = None,
+) -> LoadedModel:
+    """Rebuild a denoiser, its diffusion process and what it needs beside it from one file, strictly.
 
     `buildable` adds dotted names of your own classes (`["my_nets.TinyNet"]`) to the allow-list `BUILDABLE`; a config
-    that names anything else is refused before anything is imported. Raises ValueError with every key that does not fit.
+    that names anything else is refused before anything is imported. `autoencoder` is the file of one that is not
+    bundled; it must have the weights that the denoiser was trained with. Raises ValueError with every key that does
+    not fit.
     """
     header = read_header(path)
+    if header.kind != "denoiser":
+        raise ValueError(
+            f"{path} holds an autoencoder, which draws nothing by itself; train a denoiser on its latents: "
+            f"train.py experiment=... autoencoder.checkpoint={path}"
+        )
+    for name in ("net", "diffusion"):
+        if not isinstance(header.config.get(name), dict):
+            raise ValueError(f"the config in {path} has no `{name}` node; take a model.safetensors that train.py wrote")
     allowed = BUILDABLE | set(buildable)
-    for part in ("net", "diffusion"):
-        if not isinstance(header.config.get(part), dict):
-            raise ValueError(f"the config in {path} has no `{part}` node; take a model.safetensors that train.py wrote")
-    # Building a network draws its initial weights; the caller's random stream is none of our business.
+    nodes = {name: header.config[name] for name in ("net", "diffusion")}
+    nodes |= {name: part["config"] for name, part in header.parts.items() if part["bundled"]}
+    built = _rebuilt(header, nodes, allowed)
+    bundled = {name: built[name] for name in header.parts if name in built}
+    _load_strictly({"": built["net"], **{f"{name}.": module for name, module in bundled.items()}}, header)
+    beside = bundled | _unbundled(header, autoencoder, allowed)
+    for module in (built["net"], *beside.values()):
+        module.to(device).eval()
+    known = {field.name: getattr(header, field.name) for field in fields(Header)}
+    return LoadedModel(net=built["net"], diffusion=built["diffusion"], **beside, **known)
+
+
+def _unbundled(
+    header: Header, autoencoder: str | Path | None, allowed: set[str] | frozenset[str]
+) -> dict[str, nn.Module]:
+    """Return the parts whose weights are in files of their own, after comparing them with the recorded hash."""
+    found = {}
+    for name, part in header.parts.items():
+        if part["bundled"]:
+            continue
+        if name == "autoencoder":
+            source = autoencoder or part["source"]
+            if source is None or not _exists(Path(source)):
+                raise ValueError(
+                    f"{header.path} needs the autoencoder that it was trained with, and {source} is not there; "
+                    f"give its file: autoencoder=FILE (weights {part['sha256'][:12]})"
+                )
+            found[name] = load_autoencoder(source)
+        else:
+            found[name] = _rebuilt(header, {name: part["config"]}, allowed)[name]
+        if (now := weights_hash(found[name])) != part["sha256"]:
+            raise ValueError(
+                f"{header.path} was trained with the {name} of weights {part['sha256'][:12]}, but this one has "
+                f"{now[:12]}; find the file that it was trained with"
+            )
+    return found
+
+
+def load_autoencoder(
+    checkpoint: str | Path, *, device: torch.device | str = "cpu", buildable: Sequence[str] = ()
+) -> nn.Module:
+    """Rebuild an autoencoder from its own file, or from a denoiser's that bundles it; in eval mode, without gradients.
+
+    Its attribute `origin` is the `Part` that a denoiser's checkpoint names. Raises ValueError as `load_model`.
+    """
+    header = read_header(checkpoint)
+    if header.kind == "autoencoder":
+        prefix, node = "", header.config.get("autoencoder")
+    else:
+        part = header.parts.get("autoencoder", {"bundled": False})
+        prefix, node = "autoencoder.", part["config"] if part["bundled"] else None
+    if not isinstance(node, dict):
+        raise ValueError(f"{checkpoint} holds no autoencoder; take the model.safetensors of an autoencoder's training")
+    autoencoder = _rebuilt(header, {"autoencoder": node}, BUILDABLE | set(buildable))["autoencoder"]
+    _load_strictly({prefix: autoencoder}, header, others=bool(prefix))
+    autoencoder.to(device).eval().requires_grad_(False)
+    autoencoder.origin = Part(module=autoencoder, config=node, source=str(checkpoint))
+    return autoencoder
+
+
+def _rebuilt(header: Header, nodes: Mapping[str, Any], allowed: set[str] | frozenset[str]) -> dict[str, Any]:
+    """Build objects from a file's config; building draws initial weights, and the caller's random stream stays."""
     with torch.random.fork_rng(devices=[]):
         try:
-            net, diffusion = (build(header.config[part], allowed) for part in ("net", "diffusion"))
+            return {name: build(node, allowed) for name, node in nodes.items()}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"cannot rebuild {path} (written by version {header.package_version}): {error}") from error
-    _load_strictly(net, header)
-    known = {field.name: getattr(header, field.name) for field in fields(Header)}
-    return LoadedModel(net=net.to(device).eval(), diffusion=diffusion, **known)
+            raise ValueError(
+                f"cannot rebuild {header.path} (written by version {header.package_version}): {error}"
+            ) from error
 
 
-def _load_strictly(net: nn.Module, header: Header) -> None:
-    """Copy the file's weights into `net`, or raise one ValueError that lists every key that does not fit."""
-    wanted = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+def _load_strictly(modules: Mapping[str, nn.Module], header: Header, *, others: bool = False) -> None:
+    """Copy the file's weights into modules, by prefix, or raise one ValueError that lists every key that does not fit.
+
+    `others` allows tensors of other prefixes in the file.
+    """
+    states = {prefix: module.state_dict() for prefix, module in modules.items()}
+    wanted = {prefix + key: tuple(tensor.shape) for prefix, state in states.items() for key, tensor in state.items()}
     found = {_clean(key): shape for key, shape in header.shapes.items()}
+    if others:
+        found = {key: shape for key, shape in found.items() if key.startswith(tuple(modules))}
     problems = [f"missing {key} {wanted[key]}" for key in wanted if key not in found]
     problems += [f"unexpected {key} {found[key]}" for key in found if key not in wanted]
     problems += [
@@ -379,10 +525,11 @@ def _load_strictly(net: nn.Module, header: Header) -> None:
             f"{header.path} does not fit the network its config describes, {len(problems)} keys:\n  {listing}"
         )
     try:
-        weights = load_file(header.path)
+        weights = {_clean(key): tensor for key, tensor in load_file(header.path).items()}
     except SafetensorError as error:
         raise ValueError(f"{header.path} is damaged ({error}); take another copy of the file") from error
-    net.load_state_dict({_clean(key): tensor for key, tensor in weights.items()}, strict=True)
+    for prefix, module in modules.items():
+        module.load_state_dict({key: weights[prefix + key] for key in states[prefix]}, strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

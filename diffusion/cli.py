@@ -31,13 +31,14 @@ FLAGS_HELP = """\
 
 
 def command(
-    config_name: str, description: str, *, folder: str
+    config_name: str, description: str, *, folder: str, texts: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make a function of the composed config into a command: `@command("train", __doc__, folder="run_dir")`.
 
     `--help` prints `description` and every group with its options. A mistake on the command line, or a ValueError or
     OSError of the run, ends it with one line on stderr and exit status 2. In a sweep (`-m`) each job gets its own
-    folder, named after its overrides, inside the one that the key `folder` names.
+    folder, named after its overrides, inside the one that the key `folder` names. Keys in `texts` take the rest of
+    their word as it is: prompt="a dog, running" needs no quotes inside the shell's.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
@@ -48,11 +49,21 @@ def command(
                 print(help_text(config_name, description))
                 return
             _refuse_unknown_flags(arguments)
+            sys.argv[1:] = [quoted(argument, texts) for argument in arguments]
             _run_hydra(main, config_name, folder)
 
         return run
 
     return decorate
+
+
+def quoted(argument: str, texts: tuple[str, ...]) -> str:
+    """Quote the value of a text for Hydra's grammar, unless it is quoted, a list, null or a reference already."""
+    key, equals, value = argument.partition("=")
+    if key not in texts or not equals or value in ("", "null") or value.startswith(("[", '"', "'", "${")):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""From a model to samples: which labels and seeds, in which batches, at which precision, and into which files.
+"""From a model to samples: which labels, texts and seeds, in which batches, at what precision, and into which files.
 
 Shared by sample.py and by the pictures made during training. Image i depends on `seed + i` alone.
 """
@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,25 @@ from diffusion.sampling import SampleNoise, Sampler
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# The settings of sample.py that ask for what a model's conditioner reads from the batch entry of that name.
+ASKED_BY = {"label": "labels", "caption": "prompt", "image": "condition_image"}
+NOUNS = {"labels": "classes", "prompt": "texts", "condition_image": "images"}
+EXAMPLES = {"labels": "labels=[3,7]", "prompt": 'prompt="..."', "condition_image": "condition_image=FILE"}
+
+Inputs = Mapping[str, Sequence[Any]]  # by batch entry ("caption", "label", "image"), a value a sample
+
+
 class Batch(NamedTuple):
     """Finished samples: `images` (B, C, H, W) float32 on the CPU, made from `seeds`, of the classes `labels`."""
 
     seeds: list[int]
     labels: list[int] | None
     images: Tensor
+    inputs: Inputs | None = None
+
+
+class NonFiniteSamples(ValueError):
+    """The sampler ended in values that are not numbers."""
 
 
 def check_count(name: str, value: int) -> None:
@@ -56,6 +70,81 @@ def choose_labels(labels: Sequence[int] | int | None, num_samples: int, num_clas
     return [given[i % len(given)] for i in range(num_samples)]
 
 
+def choose_prompts(name: str, prompts: str | Sequence[str], num_samples: int) -> list[str]:
+    """Return a text for each sample: the given ones repeat. Raises ValueError for what is not text."""
+    given = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
+    wrong = [text for text in given if not isinstance(text, str)]
+    if wrong or not given:
+        what = f"; {wrong[0]!r} is none, quote it: '{name}=\"{wrong[0]}\"'" if wrong else "; the list is empty"
+        raise ValueError(f"{name} must be a text or a list of texts{what}")
+    return [given[i % len(given)] for i in range(num_samples)]
+
+
+def choose_images(paths: str | Sequence[str], num_samples: int, shape: Sequence[int]) -> list[Tensor]:
+    """Return an image (C, H, W) in [-1, 1] for each sample, read from files as the training data are; they repeat."""
+    from diffusion.data.image_folder import read_image
+
+    given = [paths] if isinstance(paths, str) else list(paths)
+    images = [read_image(Path(path), channels=shape[0], image_size=shape[1]).float() / 127.5 - 1 for path in given]
+    return [images[i % len(images)] for i in range(num_samples)]
+
+
+class Asked(NamedTuple):
+    """What each sample is to show: classes for the network, inputs for the conditioner, and what to steer away from."""
+
+    labels: list[int] | None
+    inputs: dict[str, list[Any]] | None
+    negative: dict[str, list[str]] | None
+
+
+def entries_of(conditioner: nn.Module | None) -> list[str]:
+    """Return the names of what a conditioner reads of a batch, each once."""
+    entry = () if conditioner is None else conditioner.entry
+    return list(dict.fromkeys((entry,) if isinstance(entry, str) else entry))
+
+
+def classes_of(net: nn.Module, conditioner: nn.Module | None) -> int | None:
+    """Return how many classes the network knows, by itself or through its conditioner; None for none."""
+    modules = [net, *(() if conditioner is None else conditioner.modules())]
+    return next((m.num_classes for m in modules if getattr(m, "num_classes", None) is not None), None)
+
+
+def choose_asked(model: LoadedModel, config: Mapping[str, Any]) -> Asked:
+    """Read `labels`, `prompt`, `negative_prompt` and `condition_image` as this model understands them.
+
+    Raises ValueError for a setting that the model does not listen to, and for one that it needs.
+    """
+    entries, num_classes = entries_of(model.conditioner), classes_of(model.net, model.conditioner)
+    heard = [ASKED_BY[entry] for entry in entries]
+    heard += ["labels"] if num_classes is not None and "labels" not in heard else []
+    for key, needed in (
+        ("labels", "labels"),
+        ("prompt", "prompt"),
+        ("negative_prompt", "prompt"),
+        ("condition_image", "condition_image"),
+    ):
+        if config.get(key) is not None and needed not in heard:
+            instead = f"it takes {' and '.join(EXAMPLES[name] for name in heard)}" if heard else "it takes no condition"
+            raise ValueError(f"{key}={config[key]}, but this model was not trained with {NOUNS[needed]}; {instead}")
+    for key in heard:
+        if key != "labels" and config.get(key) is None:
+            raise ValueError(f"this model draws what {NOUNS[key]} ask for; add {EXAMPLES[key]}")
+    count = config["num_samples"]
+    labels = choose_labels(config["labels"], count, num_classes)
+    inputs: dict[str, list[Any]] = {}
+    for entry in entries:
+        if entry == "label":
+            inputs[entry] = labels
+        elif entry == "caption":
+            inputs[entry] = choose_prompts("prompt", config["prompt"], count)
+        else:
+            inputs[entry] = choose_images(config["condition_image"], count, model.facts["shape"])
+    negative = None
+    if config.get("negative_prompt") is not None:
+        negative = {"caption": choose_prompts("negative_prompt", config["negative_prompt"], count)}
+    return Asked(labels, inputs or None, negative)
+
+
 def choose_device(name: str) -> torch.device:
     """Return the named device; "auto" is the best one here. Raises ValueError where this machine has no such device."""
     if name == "auto":
@@ -77,17 +166,17 @@ def choose_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def guidance_for(guidance: Any, *, num_classes: int | None, condition_drop: float) -> Any:
+def guidance_for(guidance: Any, *, conditional: bool, condition_drop: float) -> Any:
     """Return the guidance to use with such a model, with a warning where it cannot do what it is for."""
     if getattr(guidance, "guidance_scale", 1) == 1:
         return guidance
-    if num_classes is None:
-        warnings.warn("this model has no classes to guide towards: sampling without guidance", stacklevel=1)
+    if not conditional:
+        warnings.warn("this model has no condition to guide towards: sampling without guidance", stacklevel=1)
         return NoGuidance()
     if not condition_drop:
         warnings.warn(
             f"guidance_scale={guidance.guidance_scale}, but this model was trained without condition drop: what it "
-            "answers without a label means nothing, so guidance will hurt. Use guidance=none, or train with "
+            "answers without a condition means nothing, so guidance will hurt. Use guidance=none, or train with "
             "task.condition_drop=0.1",
             stacklevel=1,
         )
@@ -103,6 +192,10 @@ def generate(
     shape: Sequence[int],
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,
+    inputs: Inputs | None = None,
+    negative: Inputs | None = None,
+    conditioner: nn.Module | None = None,
+    autoencoder: nn.Module | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     pad_to: int = 1,
@@ -110,34 +203,97 @@ def generate(
 ) -> Tensor:
     """Draw one batch (B, C, H, W), in [-1, 1] for pixels, as float32 on the CPU. Sample i depends on `seeds[i]` alone.
 
-    The network is used as it is (call `.eval()` and `.to(device)` first); in bfloat16 and float16 it runs under
-    autocast while the sampler's arithmetic stays float32; float64 needs a network in float64. Matrix kernels round
-    differently for small and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself
-    with spare samples that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. Raises
-    ValueError for samples that are not finite.
+    `shape` is that of an image; with an `autoencoder` its latents are sampled and decoded. The modules are used as they
+    are (call `.eval()` and `.to(device)` first); in bfloat16 and float16 the network runs under autocast while the
+    sampler's arithmetic stays float32; float64 needs modules in float64. Matrix kernels round differently for small
+    and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself with spare samples
+    that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. Raises ValueError for samples
+    that are not finite.
     """
     wanted = len(seeds)
-    seeds, labels = padded(seeds, pad_to), None if labels is None else padded(labels, pad_to)
+    sampler = sampler_for(sampler, latents=autoencoder is not None)
+    seeds, labels, inputs, negative = (padded_all(part, pad_to) for part in (seeds, labels, inputs, negative))
     device = torch.device(device)
-    condition = {} if labels is None else {"label": torch.tensor(labels, device=device)}
-    null = {name: torch.full_like(value, NULL_LABEL) for name, value in condition.items()}
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    condition, null = conditions(net, conditioner, labels, inputs, negative, device=device, dtype=state_dtype)
     denoise = guidance(diffusion, net, condition, null)
     noise = SampleNoise(seeds, device=device)
-    x = noise.initial(shape).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = noise.initial(shape if autoencoder is None else autoencoder.latent_shape(shape)).to(state_dtype)
     half = dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(device.type, dtype) if half else contextlib.nullcontext():
         for state in sampler.states(diffusion, denoise, x, noise=noise):
             x = state.x
             if on_step is not None:
                 on_step()
-    images = x[:wanted].float().cpu()
-    if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
+    x = x[:wanted]
+    if broken := int((~x.isfinite()).flatten(1).any(1).sum()):
         hint = "try dtype=float32" if half else "the checkpoint may be that of a run that diverged"
-        raise ValueError(f"{broken} of {len(images)} samples are not finite; {hint}")
-    return images
+        raise NonFiniteSamples(f"{broken} of {len(x)} samples are not finite; {hint}")
+    return x.float().cpu() if autoencoder is None else decoded(autoencoder, x)
 
 
-def padded(values: Sequence[int], multiple: int) -> list[int]:
+def conditions(
+    net: nn.Module,
+    conditioner: nn.Module | None,
+    labels: Sequence[int] | None,
+    inputs: Inputs | None,
+    negative: Inputs | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what the network is told of each sample, and what it is told of none: {"label", "context", ...} twice."""
+    condition: dict[str, Tensor] = {}
+    null: dict[str, Tensor] = {}
+    if labels is not None and getattr(net, "num_classes", 0) is not None:
+        condition["label"] = torch.tensor(labels, device=device)
+        null["label"] = torch.full_like(condition["label"], NULL_LABEL)
+    if conditioner is not None:
+        with torch.no_grad():
+            prepared = conditioner.read(stacked(inputs)).to(device)
+            told = conditioner(prepared)
+            if negative:
+                away = conditioner(conditioner.read(stacked({**inputs, **negative})).to(device))
+            else:
+                away = conditioner(prepared, torch.ones(len(prepared), dtype=torch.bool, device=device))
+        condition |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
+        null |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in away.items()}
+    return condition, null
+
+
+def stacked(inputs: Inputs) -> dict[str, Any]:
+    """Return inputs as a batch holds them: images as one tensor (B, C, H, W), texts and labels as they are."""
+    return {name: torch.stack(list(v)) if isinstance(v[0], Tensor) else list(v) for name, v in inputs.items()}
+
+
+def sampler_for(sampler: Sampler, *, latents: bool) -> Sampler:
+    """Return the sampler as it is for images, and without clipping for latents, which know no bounds."""
+    if not latents or sampler.clip is None:
+        return sampler
+    if sampler.clip != "auto":
+        raise ValueError(
+            f"sampler.clip={sampler.clip} would cut latents off, which have no range such as [-1, 1]; "
+            "set sampler.clip=auto or sampler.clip=null"
+        )
+    return replace(sampler, clip=None)
+
+
+@torch.no_grad()
+def decoded(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """Decode one latent after the other, so that an image depends neither on its batch nor on the memory for it."""
+    return torch.cat([autoencoder.decode(z).float().cpu() for z in latents.split(1)])
+
+
+def padded_all(values: Sequence[Any] | Inputs | None, multiple: int) -> Any:
+    """Pad a sequence, or every sequence of a mapping; None stays None."""
+    if values is None:
+        return None
+    if isinstance(values, Mapping):
+        return {name: padded(column, multiple) for name, column in values.items()}
+    return padded(values, multiple)
+
+
+def padded(values: Sequence[Any], multiple: int) -> list[Any]:
     """Repeat the last value until the length is a multiple of `multiple`."""
     check_count("pad_to", multiple)
     return [*values, *[values[-1]] * (-len(values) % multiple)]
@@ -153,6 +309,8 @@ def batches(
     batch_size: int,
     seed: int = 0,
     labels: Sequence[int] | None = None,
+    inputs: Inputs | None = None,
+    negative: Inputs | None = None,
     **settings: Any,
 ) -> Iterator[Batch]:
     """Draw `num_samples` samples, seeded seed, seed + 1, ..., a batch at a time; `settings` are those of `generate`."""
@@ -160,9 +318,13 @@ def batches(
     for start in range(0, num_samples, batch_size):
         some = slice(start, min(start + batch_size, num_samples))
         seeds = list(range(seed + some.start, seed + some.stop))
-        some_labels = None if labels is None else list(labels[some])
-        images = generate(net, diffusion, sampler, guidance, seeds=seeds, labels=some_labels, **settings)
-        yield Batch(seeds, some_labels, images)
+        asked = {
+            "labels": None if labels is None else list(labels[some]),
+            "inputs": None if inputs is None else {name: list(values[some]) for name, values in inputs.items()},
+            "negative": None if negative is None else {name: list(values[some]) for name, values in negative.items()},
+        }
+        images = generate(net, diffusion, sampler, guidance, seeds=seeds, **asked, **settings)
+        yield Batch(seeds, asked["labels"], images, asked["inputs"])
 
 
 def file_hash(path: str | Path) -> str:
@@ -181,13 +343,16 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     `config` is the resolved config; it goes into every picture, with the checkpoint's hash. All that can be wrong with
     it is found before the first step, the folder included.
     """
-    num_classes = getattr(model.net, "num_classes", model.facts["num_classes"])  # the net may ignore the data's classes
     for name in ("num_samples", "batch_size", "pad_to"):
         check_count(name, config[name])
-    labels = choose_labels(config["labels"], config["num_samples"], num_classes)
+    asked = choose_asked(model, config)
     device, dtype = choose_device(config["device"]), choose_dtype(config["dtype"])
-    net = model.net.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    known = {"num_classes": num_classes, "condition_drop": model.facts["condition_drop"]}
+    for module in (model.net, model.conditioner, model.autoencoder):
+        if module is not None:
+            module.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    conditional = asked.labels is not None or asked.inputs is not None
+    known = {"conditional": conditional, "condition_drop": model.facts["condition_drop"]}
+    sampler_for(sampler, latents=model.autoencoder is not None)
     num_steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
     out_dir = Path(config["out_dir"])
     if (out_dir / "samples.npz").exists() and not config["overwrite"]:
@@ -199,15 +364,17 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     pictures: list[np.ndarray] = []
     with _progress(num_steps * -(-config["num_samples"] // config["batch_size"])) as on_step:
         for batch in batches(
-            net,
+            model.net,
             model.diffusion,
             sampler,
             guidance_for(guidance, **known),
             num_samples=config["num_samples"],
             batch_size=config["batch_size"],
             seed=config["seed"],
-            labels=labels,
+            **asked._asdict(),
             shape=model.facts["shape"],
+            conditioner=model.conditioner,
+            autoencoder=model.autoencoder,
             device=device,
             dtype=dtype,
             pad_to=config["pad_to"],
@@ -216,22 +383,29 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
             save_pictures(batch, out_dir / "images", made_by, first=len(pictures))
             pictures.extend(to_uint8(batch.images))
     images = np.stack(pictures)
-    save_npz(out_dir / "samples.npz", images, labels)
-    columns, captions = label_layout(labels, model.facts["class_names"])
+    save_npz(out_dir / "samples.npz", images, asked.labels)
+    columns, captions = label_layout(asked.labels, model.facts["class_names"])
+    captions = (asked.inputs or {}).get("caption", captions)
     save_png(grid(images, columns, captions=captions), out_dir / "grid.png", made_by)
     return out_dir
 
 
 def save_pictures(batch: Batch, folder: Path, made_by: Mapping[str, Any], *, first: int) -> None:
-    """Write a batch as 000000.png, 000001.png, ... from `first` on, each with its own seed and label in its text."""
+    """Write a batch as 000000.png, ... from `first` on, each with its own seed, label and prompt in its text."""
+    prompts = (batch.inputs or {}).get("caption")
     for i, image in enumerate(to_uint8(batch.images)):
         own = {"seed": batch.seeds[i], "label": None if batch.labels is None else batch.labels[i]}
+        own |= {} if prompts is None else {"prompt": prompts[i]}
         save_png(image, folder / f"{first + i:06d}.png", {**own, **made_by})
 
 
 def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that makes a sample what it is, but its own seed and label."""
+    """Return everything that makes a sample what it is, but its own seed, label and prompt."""
+    asked = {name: config[name] for name in ("negative_prompt", "condition_image") if config.get(name) is not None}
+    parts = {f"{name}_sha256": part["sha256"] for name, part in model.parts.items()}
     return {
+        **asked,
+        **parts,
         "checkpoint": str(model.path),
         "checkpoint_sha256": file_hash(model.path),
         "weights": model.weights,

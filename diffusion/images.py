@@ -19,7 +19,8 @@ from diffusion.checkpoint import atomic_write
 
 TEXT_KEY = "diffusion"  # the PNG text entry that holds the JSON of how an image was made
 GAP = 2  # pixels between the cells of a grid
-STRIP = 16  # pixels for a row of captions
+LINE = 14  # pixels for a line of captions
+LINES = 4  # at most, in one caption
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -44,30 +45,57 @@ def grid(
 ) -> Image.Image:
     """Lay uint8 (N, H, W, C) out in rows. Small images are enlarged by whole pixels, so that 8x8 digits show.
 
-    `columns` None makes a square, `scale` None makes cells of about 64 pixels; captions get a strip of text.
+    `columns` None makes a square, `scale` None makes cells of about 64 pixels, or 128 where a caption is a sentence.
+    A caption is broken into lines, over its own cell and the ones after it whose captions are empty.
     """
     count, height, width, _ = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
-    scale = scale or max(1, 64 // max(height, width))
-    rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
-    strips = [STRIP if captions and any(captions[i] for i in row) else 0 for row in rows]
+    sentences = any(len(caption) > 20 for caption in captions or ())
+    scale = scale or max(1, (128 if sentences else 64) // max(height, width))
     cell_width, cell_height = width * scale + GAP, height * scale + GAP
+    font = ImageFont.load_default(size=11)
+    rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
+    texts = [_broken(row, captions, font, cell_width) for row in rows]
+    strips = [2 + LINE * max((len(lines) for lines in row.values()), default=0) if row else 0 for row in texts]
     sheet = Image.new("RGB", (columns * cell_width + GAP, sum(strips) + len(rows) * cell_height + GAP), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw = ImageDraw.Draw(sheet)
     y = GAP
-    for row, strip in zip(rows, strips, strict=True):
+    for row, strip, text in zip(rows, strips, texts, strict=True):
         for place, i in enumerate(row):
             x = GAP + place * cell_width
-            if strip:
-                draw.text((x, y), _fitted(captions[i], font, cell_width - GAP), fill=INK, font=font)
+            for number, line in enumerate(text.get(i, ())):
+                draw.text((x, y + number * LINE), line, fill=INK, font=font)
             cell = to_pil(images[i]).convert("RGB").resize((width * scale, height * scale), Image.Resampling.NEAREST)
             sheet.paste(cell, (x, y + strip))
         y += strip + cell_height
     return sheet
 
 
+def _broken(
+    row: range, captions: Sequence[str] | None, font: ImageFont.ImageFont, cell_width: int
+) -> dict[int, list[str]]:
+    """Return the lines of each caption in a row, by the number of its image; {} for a row without any."""
+    named = [i for i in row if captions and captions[i]]
+    return {
+        i: _lines(captions[i], font, (end - i) * cell_width - GAP)
+        for i, end in zip(named, [*named[1:], row.stop], strict=False)
+    }
+
+
+def _lines(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+    """Break a text into at most `LINES` lines at spaces, and cut what is still too wide."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_fitted(line, font, width) for line in lines[:LINES]]
+
+
 def _fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """Cut a caption that is wider than its cell."""
+    """Cut a line that is wider than its cell."""
     while len(text) > 1 and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -140,7 +140,8 @@ class Sampler:
     """A way to sample, as a value: grid, solver, stochasticity, and what is done to the believed x0.
 
     `eta` 0 is DDIM, 1 is DDPM. `variance` None takes the model's own (learned included); DDIM proper uses "posterior".
-    `clip`: "clip" (pixels in [-1, 1]), "dynamic" (Imagen, at `dynamic_quantile`) or None (latents).
+    `clip`: "clip" (pixels in [-1, 1]), "dynamic" (Imagen, at `dynamic_quantile`), None (latents), or "auto": as "clip",
+    unless the caller says that these are latents (`generate` does).
     `num_steps`, `spacing`, `final`, `offset`: see `Schedule.timesteps`.
     """
 
@@ -149,7 +150,7 @@ class Sampler:
     spacing: str = "trailing"
     eta: float = 0.0
     variance: str | None = None
-    clip: str | None = "clip"
+    clip: str | None = "auto"
     dynamic_quantile: float = 0.995
     final: int = CLEAN
     offset: int = 0
@@ -159,7 +160,7 @@ class Sampler:
             object.__setattr__(self, "variance", VARIANCE_ALIASES.get(self.variance, self.variance))
         for name, allowed in (
             ("variance", (None, *VARIANCES)),
-            ("clip", (None, "clip", "dynamic")),
+            ("clip", (None, "auto", "clip", "dynamic")),
             ("spacing", SPACINGS),
         ):
             if getattr(self, name) not in allowed:
@@ -177,7 +178,7 @@ class Sampler:
     ) -> Iterator[State]:
         """Yield every State from x ~ N(0, 1) at the first timestep to `final`. Errors come before the first step."""
         level = diffusion.schedule.level
-        if self.clip == "clip":
+        if self.clip in ("auto", "clip"):
             denoise = clip_x0(denoise, level)
         elif self.clip == "dynamic":
             denoise = threshold_x0(denoise, level, quantile=self.dynamic_quantile)

@@ -215,7 +215,7 @@ def test_labels_for_a_model_without_classes_are_refused(tmp_path, monkeypatch, c
     about = facts(num_classes=None, class_names=None)
     path = save_tiny(tmp_path / "model.safetensors", about=about, num_classes=None)
     status, _, err = run("sample", [f"checkpoint={path}", "labels=[1]"], monkeypatch, capsys)
-    assert status == 2 and "for a model without classes; leave labels out" in err
+    assert status == 2 and "not trained with classes; it takes no condition" in err
 
 
 def test_an_image_size_that_the_network_cannot_halve_names_the_nearest(tmp_path, monkeypatch, capsys):

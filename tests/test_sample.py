@@ -93,7 +93,7 @@ def test_float64_and_bfloat16_sample_close_to_float32(checkpoint, tmp_path, monk
 def test_a_model_without_classes_samples_without_labels_and_says_so(tmp_path, monkeypatch, capsys):
     about = facts(num_classes=None, class_names=None)
     checkpoint = save_tiny(tmp_path / "model.safetensors", about=about, num_classes=None)
-    with pytest.warns(UserWarning, match="no classes to guide towards"):
+    with pytest.warns(UserWarning, match="no condition to guide towards"):
         saved, _ = sample(checkpoint, tmp_path / "out", monkeypatch, capsys, "num_samples=2")
     assert "arr_1" not in saved
 
@@ -106,7 +106,7 @@ def test_guidance_without_condition_drop_is_warned_about(tmp_path, monkeypatch, 
 
 def test_plain_sampling_is_never_warned_about(recwarn):
     for guidance in (NoGuidance(), ClassifierFreeGuidance(1.0)):
-        assert guidance_for(guidance, num_classes=10, condition_drop=0.0) is guidance
+        assert guidance_for(guidance, conditional=True, condition_drop=0.0) is guidance
     assert not recwarn.list
 
 
@@ -152,9 +152,19 @@ def test_labels_that_take_turns_become_columns(labels, columns, captions):
 
 def test_captions_are_drawn_and_cut_to_their_cell():
     images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
-    plain, named = grid(images, 2), grid(images, 2, captions=["a long name that cannot fit", "b", "", ""])
+    plain, named = grid(images, 2), grid(images, 2, captions=["abcdefghijklmnopqrs", "b", "", ""])
     assert named.height > plain.height and named.width == plain.width
     assert np.asarray(named)[:16].min() < 128
+    gap = np.asarray(named)[:16, 66:68]  # between the first cell and the second
+    assert gap.min() == 255
+
+
+def test_sentences_are_broken_into_lines_over_larger_cells():
+    images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+    text = "a large yellow triangle on a purple background"
+    one, three = grid(images, 2, captions=[text, "", "", ""]), grid(images, 2, captions=[text, text, "", ""])
+    assert one.width == three.width == 2 * 130 + 2  # cells of 128 pixels
+    assert one.height < three.height  # an empty neighbour leaves its space
 
 
 def test_pictures_and_arrays_read_back_as_written(tmp_path):

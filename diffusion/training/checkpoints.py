@@ -123,7 +123,7 @@ class Checkpoints(Checkpoint):
         """Write last.ckpt, then model.safetensors. Raises OSError (the previous files stay) or `NonFiniteLoss`."""
         if trainer.fast_dev_run:
             return
-        norm = nn.utils.get_total_norm(list(pl_module.net.parameters()))
+        norm = nn.utils.get_total_norm(list(pl_module.model.parameters()))
         if not torch.isfinite(norm):
             raise NonFiniteLoss(f"the weights became non-finite at or before step {trainer.global_step}")
         run_dir = Path(trainer.default_root_dir)
@@ -169,9 +169,13 @@ def keep(source: Path, target: Path) -> None:
 def export_model(
     path: Path, trainer: Trainer, task: LightningModule, config: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Write the network with its first average, or its raw weights where none is kept, and what rebuilds it."""
+    """Write the network with its first average, or its raw weights where none is kept, and what rebuilds it.
+
+    `task.for_export(config)` gives the config to store and the parts that the network needs beside it.
+    """
     ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA) and callback.averages), None)
-    with ema.swapped(task.net) if ema else nullcontext():
+    with ema.swapped(task.model) if ema else nullcontext():
+        config, parts = task.for_export(config)
         save_model(
             path,
             task.net,
@@ -180,4 +184,5 @@ def export_model(
             step=trainer.global_step,
             facts=facts,
             ema_decay=ema.decays[0] if ema else None,
+            parts=parts,
         )

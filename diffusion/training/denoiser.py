@@ -5,15 +5,18 @@ for bit and ranks never share noise.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from diffusion.checkpoint import Part
 from diffusion.denoiser import NULL_LABEL
+from diffusion.latents import encode_moments
 from diffusion.losses import DenoisingLoss
+from diffusion.models.autoencoder import Moments
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import fold, generator
 from diffusion.timestep_samplers import StratifiedTimesteps, UniformTimesteps
@@ -25,9 +28,12 @@ QUARTERS = 4  # parts of the chain whose losses are logged apart
 class DenoiserTask(LightningModule):
     """Train `net` to denoise. `optimizer(parameters)` and `lr_scheduler(optimizer)` are partials, counted in steps.
 
-    `condition_drop` is the probability that a sample loses its label, which classifier-free guidance needs (about 0.1).
-    `compile` compiles the network in place: parameter names stay as they are. Batches are {"image": (B, C, H, W) in
-    [-1, 1], "label": (B,) where there are classes, ...}.
+    With an `autoencoder` (frozen) the data are its latents: of "image", encoded in each step, or of cached "moments".
+    A `conditioner` makes context, vector or further channels from another entry of the batch; it is trained along
+    where it has trainable parameters. `condition_drop` is the probability that a sample loses its condition, which
+    classifier-free guidance needs (about 0.1). `compile` compiles the network in place: parameter names stay as they
+    are. `bundle` puts autoencoder and conditioner into model.safetensors. Batches are {"image": (B, C, H, W) in
+    [-1, 1], "label": (B,) where there are classes, "caption": B texts, ...}.
     """
 
     def __init__(
@@ -39,14 +45,18 @@ class DenoiserTask(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         timestep_sampler: UniformTimesteps | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        autoencoder: nn.Module | None = None,
+        conditioner: nn.Module | None = None,
         condition_drop: float = 0.0,
         compile: bool = False,
+        bundle: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= condition_drop <= 1:
             raise ValueError(f"task.condition_drop is a probability in [0, 1], got {condition_drop}")
         loss.check(diffusion)
+        check_fit(net, diffusion, autoencoder, conditioner)
         num_train_timesteps = diffusion.schedule.num_train_timesteps
         self.net = net
         self.diffusion = diffusion
@@ -60,7 +70,12 @@ class DenoiserTask(LightningModule):
         self.optimizer_partial = optimizer
         self.lr_scheduler_partial = lr_scheduler
         self.condition_drop = condition_drop
+        self.bundle = bundle
         self.seed = seed
+        # Frozen modules stay out of the module tree: no checkpoint repeats them, and `train()` leaves them alone.
+        self._beside = {"autoencoder": autoencoder, "conditioner": conditioner}
+        self.trained_conditioner = conditioner if is_trainable(conditioner) else None
+        self._frozen_parts: dict[str, Part] = {}  # made once, because hashing a large module takes a second
         self.batches_seen = 0  # micro-batches over the whole run: the key of every draw
         self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
         # Sums since the last log: [loss of each quarter of the chain..., objective], and how many samples gave them.
@@ -69,21 +84,62 @@ class DenoiserTask(LightningModule):
         if compile:
             net.compile()
 
+    @property
+    def autoencoder(self) -> nn.Module | None:
+        return self._beside["autoencoder"]
+
+    @property
+    def conditioner(self) -> nn.Module | None:
+        return self._beside["conditioner"]
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained and averaged: the network, together with the conditioner where that learns, too."""
+        if self.trained_conditioner is None:
+            return self.net
+        return nn.ModuleDict({"net": self.net, "conditioner": self.trained_conditioner})
+
+    def on_fit_start(self) -> None:
+        for module in self._beside.values():
+            if module is not None and module is not self.trained_conditioner:
+                module.to(self.device).eval()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         key = (self.batches_seen, self.global_rank)
         # The one place where training sets a global seed: dropout, inside the network, knows no other generator.
         seed_dropout(fold(self.seed, "dropout", *key), self.device)
         draws = generator(self.seed, "train", *key, device=self.device)
-        x0, condition = batch["image"], condition_of(batch, self.net)
+        x0 = self.clean(batch, "train", *key)
         t, weight = self.timestep_sampler(len(x0), draws)
         eps = self.loss.noise(x0, draws)
+        drop = None
         if self.condition_drop:
-            condition = dropped(condition, self.condition_drop, draws)
+            drop = torch.rand(len(x0), generator=draws, device=draws.device) < self.condition_drop
+        condition = self.condition(batch, drop)
         terms = self.loss(self.diffusion, self.net, x0, t, eps, condition)
         objective = (terms.loss * weight).mean()
         self._note(t, terms.loss.detach(), objective.detach())
         self.batches_seen += 1
         return {"loss": objective, "t": t}
+
+    def clean(self, batch: Mapping[str, Any], *key: int | str) -> Tensor:
+        """Return x0 (B, C, H, W): the images, or their latents with a draw from q(z|x) that `key` determines."""
+        if self.autoencoder is None:
+            return batch["image"]
+        moments = batch["moments"] if "moments" in batch else encode_moments(self.autoencoder, batch["image"])
+        mean, logvar = moments.chunk(2, dim=1)
+        draws = generator(self.seed, "latent", *key, device=self.device)
+        noise = torch.randn(mean.shape, generator=draws, device=self.device)
+        return self.autoencoder.normalise(Moments(mean, logvar).sample(noise))
+
+    def condition(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
+        """Return what the network is told of a batch; samples where `drop` (B,) is True are told nothing."""
+        condition = condition_of(batch, self.net)
+        if drop is not None and "label" in condition:
+            condition["label"] = condition["label"].masked_fill(drop, NULL_LABEL)
+        if self.conditioner is not None:
+            condition |= self.conditioner(self.conditioner.read(batch).to(self.device), drop)
+        return condition
 
     @torch.no_grad()
     def _note(self, t: Tensor, losses: Tensor, objective: Tensor) -> None:
@@ -107,11 +163,12 @@ class DenoiserTask(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the loss at the same timesteps and noise each time, of the raw weights and of each average."""
         fixed = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
-        x0, condition = batch["image"], condition_of(batch, self.net)
+        x0 = self.clean(batch, "validation", batch_idx, self.global_rank)
         t, _ = StratifiedTimesteps(self.diffusion.schedule.num_train_timesteps)(len(x0), fixed)
         eps = self.loss.noise(x0, fixed)
         for name, weights in self._weights():
             with weights:
+                condition = self.condition(batch)
                 loss = self.loss(self.diffusion, self.net, x0, t, eps, condition).loss.mean()
             self.log(f"val/loss{name}", loss, batch_size=len(x0), logger=False, sync_dist=True)
 
@@ -121,10 +178,10 @@ class DenoiserTask(LightningModule):
             if isinstance(ema, EMA):
                 for decay in ema.averages:
                     suffix = "_ema" if decay == ema.decays[0] else f"_ema_{average_name(decay)}"
-                    yield suffix, ema.swapped(self.net, decay)
+                    yield suffix, ema.swapped(self.model, decay)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_partial([p for p in self.net.parameters() if p.requires_grad])
+        optimizer = self.optimizer_partial([p for p in self.model.parameters() if p.requires_grad])
         if self.lr_scheduler_partial is None:
             return optimizer
         return {
@@ -155,6 +212,33 @@ class DenoiserTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_seen = checkpoint["batches_seen"]
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError where images of `shape` (C, H, W), or their latents, cannot pass the network."""
+        if self.autoencoder is not None:
+            shape = self.autoencoder.latent_shape(shape)
+        factor = getattr(self.net, "size_factor", 1)
+        if any(size % factor for size in shape[1:]):
+            what = "images" if self.autoencoder is None else "latents"
+            raise ValueError(
+                f"the {what} are {shape[1]}x{shape[2]}, but the network halves its input to 1/{factor} and needs "
+                f"multiples of {factor}; change data.image_size or leave out stages of the network"
+            )
+
+    def for_export(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
+        """Return the config to store with the network, and the parts that it needs beside it."""
+        for name, module in self._beside.items():
+            if module is None or name in self._frozen_parts:
+                continue
+            bundled = self.bundle or module is self.trained_conditioner
+            node, source = config[name], None
+            if origin := getattr(module, "origin", None):  # an autoencoder that came from a file
+                node, source = origin.config, origin.source
+            part = Part(module=module, config=without_files(node) if bundled else node, bundled=bundled, source=source)
+            if module is self.trained_conditioner:
+                return dict(config), {**self._frozen_parts, name: part}
+            self._frozen_parts[name] = part
+        return dict(config), dict(self._frozen_parts)
+
 
 def condition_of(batch: dict[str, Any], net: nn.Module) -> dict[str, Tensor]:
     """Return what of a batch conditions this network: its labels, if it has classes."""
@@ -168,13 +252,45 @@ def condition_of(batch: dict[str, Any], net: nn.Module) -> dict[str, Tensor]:
     return {"label": batch["label"]}
 
 
-def dropped(condition: dict[str, Tensor], probability: float, draws: torch.Generator) -> dict[str, Tensor]:
-    """Replace each sample's label by the null label with this probability."""
-    if "label" not in condition:
-        return condition
-    label = condition["label"]
-    drop = torch.rand(label.shape, generator=draws, device=draws.device) < probability
-    return {**condition, "label": label.masked_fill(drop, NULL_LABEL)}
+def is_trainable(module: nn.Module | None) -> bool:
+    """Say whether an optimizer would change anything in a module."""
+    return module is not None and any(p.requires_grad for p in module.parameters())
+
+
+def without_files(node: Any) -> Any:
+    """Return a conditioner's config without the files that its weights came from: they are stored beside it."""
+    if isinstance(node, Mapping):
+        return {key: None if key == "weights" else without_files(value) for key, value in node.items()}
+    return [without_files(value) for value in node] if isinstance(node, list | tuple) else node
+
+
+def check_fit(
+    net: nn.Module, diffusion: GaussianDiffusion, autoencoder: nn.Module | None, conditioner: nn.Module | None
+) -> None:
+    """Raise ValueError where the widths of network, autoencoder and conditioner differ, naming both numbers."""
+    provided = {} if conditioner is None else conditioner.provides
+    for name, attribute in (("context", "context_channels"), ("vector", "vector_channels")):
+        wanted = getattr(net, attribute, None)
+        if name in provided and wanted != provided[name]:
+            raise ValueError(
+                f"the conditioner gives a {name} of {provided[name]} channels, but the network has {attribute}="
+                f"{wanted}; set net.{attribute}={provided[name]}"
+            )
+        if name not in provided and wanted is not None and name == "vector":
+            raise ValueError(f"the network needs a vector of {wanted} channels, which no conditioner gives; add one")
+    if autoencoder is None:
+        return
+    channels = autoencoder.latent_channels
+    if len(autoencoder.latent_shape((autoencoder.in_channels, *[autoencoder.size_factor * 8] * 2))) != 3:
+        raise ValueError("the autoencoder's latents are vectors; a denoiser needs latents (C, H, W)")
+    has = (getattr(net, "in_channels", None), getattr(net, "out_channels", None))
+    needs = (channels + provided.get("concat", 0), diffusion.out_channels(channels))
+    if None not in has and has != needs:
+        raise ValueError(
+            f"the autoencoder's latents have {channels} channels, so the network needs in_channels={needs[0]} and "
+            f"out_channels={needs[1]}, but it has {has[0]} and {has[1]}; set net.in_channels={needs[0]} "
+            f"out_channels={needs[1]}, or take another autoencoder"
+        )
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

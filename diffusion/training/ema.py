@@ -60,7 +60,7 @@ def average_name(decay: float) -> str:
 
 
 class EMA(Callback):
-    """Keep averages of `task.net`'s trainable parameters, one for each of `decays`; the first is the one exported.
+    """Keep averages of `task.model`'s trainable parameters, one for each of `decays`; the first is the one exported.
 
     `rule` maps (target decay, number of the update from 1) to the decay used; ldm's by default. Averages start as a
     copy of the initial weights, live on the parameters' device, and are held in float32 even where the parameters are
@@ -125,7 +125,7 @@ class EMA(Callback):
         return self.averages[wanted]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start(pl_module.net)
+        self.start(pl_module.model)
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:

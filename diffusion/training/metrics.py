@@ -43,7 +43,7 @@ class TrainingLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._images += len(batch["image"])
+        self._images += len(next(iter(batch.values())))
         step = trainer.global_step
         if step == self._last_step:
             return

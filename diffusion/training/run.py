@@ -4,6 +4,7 @@ The same command again is the resume command: a run folder that has `checkpoints
 """
 
 import functools
+import inspect
 import logging
 import pickle
 import sys
@@ -15,21 +16,20 @@ from typing import Any
 import torch
 import yaml
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.tree import Tree
 
-from diffusion.checkpoint import atomic_write, read_header
+from diffusion.checkpoint import atomic_write, locate, read_header
 from diffusion.randomness import fold
 from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, export_model, last_checkpoint
-from diffusion.training.denoiser import DenoiserTask
 from diffusion.training.metrics import MetricsCSV
 
 # What `task` says on behalf of other nodes: `diffusion` refers to these.
 NOT_ARGUMENTS = ("parameterization", "variance")
-# What a callback given as `_partial_: true` is completed with, by its name in `callbacks`.
-CALLBACK_FACTS = {"checkpoints": ("config", "facts"), "samples": ("shape",)}
+# Nodes that tasks name in their constructors and that are plain values, not objects to build.
+PLAIN = ("seed",)
 
 
 def train(cfg: Any) -> Path:
@@ -49,16 +49,18 @@ def train(cfg: Any) -> Path:
     report_start(run_dir, checkpoint, resumed_step, config)
     fast_dev_run = bool(config["trainer"].get("fast_dev_run"))
     task, data = build_task(config), build(config["data"])
+    if hasattr(task, "check_shape"):
+        task.check_shape(data.shape)
     facts = {
         "shape": list(data.shape),
         "num_classes": data.num_classes,
         "class_names": None if data.class_names is None else list(data.class_names),
-        "condition_drop": task.condition_drop,
+        "condition_drop": getattr(task, "condition_drop", 0.0),
     }
     callbacks = build_callbacks(config, facts, data)
     if not fast_dev_run:
         save_config(config, run_dir)
-    trainer = build_trainer(config, run_dir, callbacks, None if fast_dev_run else resumed_step)
+    trainer = build_trainer(config, run_dir, task, callbacks, None if fast_dev_run else resumed_step)
     fit(trainer, task, data, checkpoint)
     model = run_dir / "model.safetensors"
     if not fast_dev_run and trainer.is_global_zero:
@@ -68,7 +70,7 @@ def train(cfg: Any) -> Path:
     return run_dir
 
 
-def fit(trainer: Trainer, task: DenoiserTask, data: LightningDataModule, checkpoint: Path | None) -> None:
+def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: Path | None) -> None:
     """Run the training loop; a signal ends the program with its own status after saying how to go on."""
     try:
         with warnings.catch_warnings():
@@ -160,42 +162,56 @@ def build(node: Mapping[str, Any] | None) -> Any:
     return instantiate(dict(node), _convert_="all") if node and "_target_" in node else None
 
 
-def build_task(config: Mapping[str, Any]) -> DenoiserTask:
-    """Build the task with a network whose initial weights are a function of `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(fold(config["seed"], "init"))
-        net = build(config["net"])
+def build_task(config: Mapping[str, Any]) -> LightningModule:
+    """Build the task: each parameter of its constructor that is a node of the config gets the object of that node.
+
+    The initial weights of each network are a function of `seed` and the node's name alone.
+    """
     settings = {key: value for key, value in config["task"].items() if key not in NOT_ARGUMENTS}
-    make = instantiate({**settings, "_partial_": True}, _convert_="all")
-    return make(
-        net,
-        build(config["diffusion"]),
-        loss=build(config["loss"]),
-        timestep_sampler=build(config.get("timestep_sampler")),
-        optimizer=build(config["optimizer"]),
-        lr_scheduler=build(config.get("lr_scheduler")),
-        seed=config["seed"],
-    )
+    wanted = inspect.signature(locate(settings["_target_"])).parameters
+    parts = {}
+    for name in wanted:
+        if name in config and name not in settings:
+            parts[name] = config[name] if name in PLAIN else build_seeded(config[name], config["seed"], name)
+    return instantiate({**settings, "_partial_": True}, _convert_="all")(**parts)
+
+
+def build_seeded(node: Mapping[str, Any] | None, seed: int, name: str) -> Any:
+    """Build a node with a global random state of its own, and leave the one outside as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(fold(seed, "init") if name == "net" else fold(seed, "init", name))
+        return build(node)
 
 
 def build_callbacks(config: Mapping[str, Any], facts: Mapping[str, Any], data: LightningDataModule) -> list[Callback]:
     """Build the callbacks in their order: averages first, so that all others see the step's final weights."""
     callbacks = []
-    for name, node in {"ema": config.get("ema"), **(config.get("callbacks") or {})}.items():
+    known = {"config": config, "facts": facts, "shape": data.shape, "data": data}
+    for node in (config.get("ema"), *(config.get("callbacks") or {}).values()):
         callback = build(node)
         if isinstance(callback, functools.partial):  # `_partial_: true` asks for what only a run knows
-            known = {"config": config, "facts": facts, "shape": data.shape}
-            callback = callback(**{key: known[key] for key in CALLBACK_FACTS.get(name, ())})
+            asked = inspect.signature(callback).parameters
+            callback = callback(**{key: value for key, value in known.items() if key in asked})
         if callback is not None:
             callbacks.append(callback)
     return callbacks
 
 
 def build_trainer(
-    config: Mapping[str, Any], run_dir: Path, callbacks: list[Callback], resumed_step: int | None
+    config: Mapping[str, Any],
+    run_dir: Path,
+    task: LightningModule,
+    callbacks: list[Callback],
+    resumed_step: int | None,
 ) -> Trainer:
-    """Build Lightning's trainer with our loggers, writing checkpoints atomically into `run_dir`."""
+    """Build Lightning's trainer with our loggers, writing checkpoints atomically into `run_dir`.
+
+    Trainer settings that a task lists in `own_settings` become its attributes: Lightning refuses clipping and
+    accumulation where a task optimises by hand.
+    """
     settings = dict(config["trainer"])
+    for name in getattr(task, "own_settings", ()):
+        setattr(task, name, settings.pop(name, None))
     loggers: list[Any] | bool = False
     if not settings.get("fast_dev_run"):
         extra = [build(node) for node in (config.get("logger") or {}).values()]

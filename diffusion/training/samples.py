@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from diffusion.generate import batches, guidance_for
+from diffusion.data.base import ImageData
+from diffusion.generate import NonFiniteSamples, batches, classes_of, entries_of, guidance_for, sampler_for
 from diffusion.images import grid, save_png, to_uint8
 from diffusion.sampling import Sampler
 from diffusion.training.ema import EMA
@@ -24,10 +25,12 @@ HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": t
 
 
 class SampleGrid(Callback):
-    """Draw a picture every `every_n_steps` optimizer steps and at the last one: a row a class, a column a seed.
+    """Draw a picture every `every_n_steps` optimizer steps and at the last one: a row a condition, a column a seed.
 
-    `shape` is (C, H, W). `classes` None takes at most `rows` classes, evenly spaced; a model without classes gets
-    `rows` rows. Files: run_dir/samples/step=0001000_ema.png and ..._raw.png; TensorBoard and W&B get them, too.
+    `data` gives the shape (C, H, W), and the first samples of its validation set give the conditions of models that
+    listen to texts or images, unless `prompts` are given. `classes` None takes at most `rows` classes, evenly spaced; a
+    model without conditions gets `rows` rows. Files: run_dir/samples/step=0001000_ema.png and ..._raw.png; TensorBoard
+    and W&B get them, too.
     """
 
     def __init__(
@@ -35,9 +38,10 @@ class SampleGrid(Callback):
         sampler: Sampler,
         guidance: Any,
         *,
-        shape: Sequence[int],
+        data: ImageData,
         every_n_steps: int = 1000,
         classes: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
         rows: int = 10,
         columns: int = 8,
         batch_size: int = 128,
@@ -51,15 +55,17 @@ class SampleGrid(Callback):
         ):
             if value < 1:
                 raise ValueError(f"callbacks.samples.{name} must be at least 1, got {value}")
-        self.sampler, self.guidance, self.shape = sampler, guidance, tuple(shape)
-        self.every_n_steps, self.classes, self.seed = every_n_steps, classes, seed
+        self.sampler, self.guidance, self.data = sampler, guidance, data
+        self.every_n_steps, self.classes, self.prompts, self.seed = every_n_steps, classes, prompts, seed
         self.rows, self.columns, self.batch_size = rows, columns, batch_size
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
         self.sampler.timesteps(pl_module.diffusion.schedule)  # a grid that does not fit fails now, not in an hour
-        settings = {"num_classes": pl_module.net.num_classes, "condition_drop": pl_module.condition_drop}
+        sampler_for(self.sampler, latents=pl_module.autoencoder is not None)
+        conditional = pl_module.net.num_classes is not None or pl_module.conditioner is not None
+        settings = {"conditional": conditional, "condition_drop": pl_module.condition_drop}
         self.guidance = guidance_for(self.guidance, **settings)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -72,48 +78,75 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw, write and log one picture of the raw weights and one of the first average."""
-        step, training = trainer.global_step, task.net.training
-        task.net.eval()
+        step, training = trainer.global_step, task.model.training
+        task.model.eval()
         try:
             for name, weights in self._weights(trainer, task):
                 with weights:
-                    images = self._images(trainer, task)
-                picture = grid(images, self.columns)
+                    images, captions = self._images(trainer, task)
+                picture = grid(images, self.columns, captions=captions)
                 if not trainer.fast_dev_run:
                     save_png(picture, Path(trainer.default_root_dir) / "samples" / f"step={step:07d}_{name}.png")
                 log_picture(trainer, f"samples/{name}", picture)
-        except ValueError as error:  # samples that are not finite: training may still get there
+        except NonFiniteSamples as error:  # training may still get there
             rank_zero_warn(f"no sample picture at step {step}: {error}")
         finally:
-            task.net.train(training)
+            task.model.train(training)
 
     def _weights(self, trainer: Trainer, task: LightningModule) -> Iterator[tuple[str, AbstractContextManager]]:
         yield "raw", nullcontext()
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
         if ema is not None:
-            yield "ema", ema.swapped(task.net)
+            yield "ema", ema.swapped(task.model)
 
-    def _images(self, trainer: Trainer, task: LightningModule) -> np.ndarray:
-        """Return uint8 images (rows * columns, H, W, C), row after row."""
-        labels = [label for label in self._rows(task.net.num_classes) for _ in range(self.columns)]
+    def _images(self, trainer: Trainer, task: LightningModule) -> tuple[np.ndarray, list[str] | None]:
+        """Return uint8 images (rows * columns, H, W, C), row after row, and the captions of rows that have some."""
+        asked = {name: self._repeated(values) for name, values in self._conditions(task).items()}
+        labels = asked.get("label")
+        inputs = {name: asked[name] for name in entries_of(task.conditioner)}
         drawn = batches(
             task.net,
             task.diffusion,
             self.sampler,
             self.guidance,
-            num_samples=len(labels),
+            num_samples=self.columns * (self.rows if not asked else len(next(iter(asked.values()))) // self.columns),
             batch_size=self.batch_size,
             seed=self.seed,
-            labels=None if task.net.num_classes is None else labels,
-            shape=self.shape,
+            labels=labels if task.net.num_classes is not None else None,
+            inputs=inputs or None,
+            shape=self.data.shape,
+            conditioner=task.conditioner,
+            autoencoder=task.autoencoder,
             device=task.device,
             dtype=HALF.get(trainer.precision, torch.float32),
         )
-        return np.concatenate([to_uint8(batch.images) for batch in drawn])
+        images = np.concatenate([to_uint8(batch.images) for batch in drawn])
+        if "caption" not in inputs:
+            return images, None
+        return images, [text if i % self.columns == 0 else "" for i, text in enumerate(inputs["caption"])]
 
-    def _rows(self, num_classes: int | None) -> list[int | None]:
-        if num_classes is None:
-            return [None] * self.rows
+    def _repeated(self, values: Sequence[Any]) -> list[Any]:
+        """Repeat a row's value for each of its columns."""
+        return [value for value in values for _ in range(self.columns)]
+
+    def _conditions(self, task: LightningModule) -> dict[str, list[Any]]:
+        """Return what the rows ask for, by batch entry: classes in turn, or what validation samples show."""
+        entries = set(entries_of(task.conditioner))
+        if task.net.num_classes is not None:
+            entries.add("label")
+        if not entries:
+            return {}
+        if entries == {"label"}:
+            return {"label": self._classes(classes_of(task.net, task.conditioner))}
+        rows = len(self.prompts) if self.prompts else min(self.rows, len(self.data.val_set))
+        shown = self.data.val_set.__getitems__([(0, index) for index in range(rows)])
+        if self.prompts:
+            shown["caption"] = list(self.prompts)
+        if lacking := sorted(entry for entry in entries if entry not in shown):
+            raise ValueError(f"the data's samples have no {' and no '.join(lacking)}, which this model is told")
+        return {entry: shown[entry].tolist() if entry == "label" else list(shown[entry]) for entry in entries}
+
+    def _classes(self, num_classes: int) -> list[int]:
         if self.classes is not None:
             return list(self.classes)
         count = min(self.rows, num_classes)
