@@ -214,8 +214,8 @@ class ImageConditioner(Conditioner):
         self.null = nn.Parameter(0.02 * torch.randn(1, 1, encoder.channels))
         self.provides = {"context": encoder.channels}
 
-    def prepare(self, values: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], of any size; the encoder resizes them to its own."""
+    def prepare(self, values: Tensor | Sequence[Tensor]) -> Tensor:
+        """Images (B, C, H, W), or a list of (C, H, W), in [-1, 1]; of any size, the encoder resizes them to its own."""
         return _images(values, self.encoder.in_channels)
 
     def null_like(self, prepared: Tensor) -> Tensor:
@@ -265,8 +265,8 @@ class LowResolutionConditioner(Conditioner):
         self.provides = {"concat": channels}
         self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device, as weights would
 
-    def prepare(self, values: Tensor) -> Tensor:
-        """Images (B, C, h, w) in [-1, 1] of the low resolution from images of any size."""
+    def prepare(self, values: Tensor | Sequence[Tensor]) -> Tensor:
+        """Images of the low resolution from (B, C, H, W), or a list of (C, H, W), in [-1, 1] and of any size."""
         images = _images(values, self.channels)
         if images.shape[-2:] == self.low_size:
             return images
@@ -378,6 +378,10 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def _images(values: Any, channels: int) -> Tensor:
     """Check images (B, channels, H, W) in [-1, 1]; on an accelerator only their shape, which asks for no waiting."""
+    if isinstance(values, Sequence) and values and all(isinstance(value, Tensor) for value in values):
+        if len(shapes := {tuple(value.shape) for value in values}) > 1:
+            raise ValueError(f"images to condition on must have one shape; these have {sorted(shapes)}")
+        values = torch.stack(list(values))
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 4:
         raise ValueError(
             f"this model is conditioned on images, a float tensor (B, {channels}, H, W) in [-1, 1], "
