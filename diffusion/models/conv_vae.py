@@ -4,6 +4,7 @@ Kingma & Welling 2013 (arXiv 1312.6114, section 3 and appendix C), their percept
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class ConvVAE(Autoencoder):
         widths = [channels * 2**level for level in range(num_levels + 1)]
         self._low = (widths[-1], image_size // self.size_factor, image_size // self.size_factor)
         size = widths[-1] * self._low[1] ** 2
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.Sequential(Downsample(a), nn.SiLU(), nn.Conv2d(a, b, 3, padding=1)) for a, b in pairs
@@ -102,6 +103,6 @@ class ConvVAE(Autoencoder):
         super()._check_image(shape)
         if tuple(shape[-2:]) != (self.image_size, self.image_size):
             raise ValueError(
-                f"this autoencoder was built for images of {self.image_size}x{self.image_size}, because its latents are "
-                f"one vector an image, but got {tuple(shape)}; resize them or build it with another image_size"
+                f"this autoencoder was built for images of {self.image_size}x{self.image_size}, because its latents "
+                f"are one vector an image, but got {tuple(shape)}; resize them or build it with another image_size"
             )

@@ -24,7 +24,7 @@ def spans(size: int, tile: int, overlap: int) -> list[Span]:
 
 
 def blend_weights(spans: list[Span], margin: float, unit: int) -> list[Tensor]:
-    """What each interval counts for at each of its pixels, `unit` to one step of the intervals; the sum is 1 everywhere.
+    """What each interval counts for at each of its pixels, `unit` to a step of the intervals; the sum is 1 everywhere.
 
     Zero within `margin` of an inner border, then rising smoothly until the neighbour's margin begins.
     """
@@ -64,13 +64,13 @@ def in_tiles(
 ) -> Tensor:
     """`call(x)` of x (B, C, H, W) computed in tiles; one tile's memory, and the result's.
 
-    tile, overlap, margin: in steps of a grid of which one step is `unit` pixels of x and `out_unit` of the result. Tiles
-    are at most `tile` long; `margin` is how far `call` looks.
+    tile, overlap, margin: in steps of a grid of which one step is `unit` pixels of x and `out_unit` of the result.
+    Tiles are at most `tile` long; `margin` is how far `call` looks.
     """
     if not 0 <= overlap < tile or not isinstance(tile, int) or not isinstance(overlap, int):
         raise ValueError(
-            f"tile={tile!r}, overlap={overlap!r}: tile must be a whole number of latent pixels above overlap, and overlap "
-            "at least 0; 64 and 16 suit Stable Diffusion's autoencoder"
+            f"tile={tile!r}, overlap={overlap!r}: tile must be a whole number of latent pixels above overlap, and "
+            "overlap at least 0; 64 and 16 suit Stable Diffusion's autoencoder"
         )
     rows, columns = (spans(size // unit, tile, overlap) for size in x.shape[-2:])
     if len(rows) == len(columns) == 1:

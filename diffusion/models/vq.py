@@ -4,7 +4,6 @@ van den Oord et al. 2017 (arXiv 1711.00937, equation 3) in the form of Esser et 
 et al. 2022 (arXiv 2112.10752, section 3.1).
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.models.autoencoder import AutoencoderOutput, Moments, SpatialAutoencoder
-from diffusion.models.unet import Stage
 
 
 class Quantised(NamedTuple):
-    """z (B, C, h, w) replaced by its codes with z's gradient, the codebook's loss (), and the codes' numbers (B, h, w)."""
+    """Codes (B, C, h, w) in place of z but with its gradient, the codebook's loss (), the codes' numbers (B, h, w)."""
 
     z: Tensor
     loss: Tensor
@@ -86,39 +84,11 @@ class VQAutoencoder(SpatialAutoencoder):
         *,
         latent_channels: int = 3,
         num_codes: int = 8192,
-        channels: int = 128,
-        stages: Sequence[Stage | Mapping[str, Any]],
-        up_stages: Sequence[Stage | Mapping[str, Any]] | None = None,
-        middle: Stage | Mapping[str, Any] | None = None,
-        inner_channels: int | None = None,
         beta: float = 0.25,
         legacy: bool = True,
-        dropout: float = 0.0,
-        norm_groups: int = 32,
-        tanh: bool = False,
-        checkpointing: bool = False,
-        scale_factor: float | Sequence[float] | None = None,
-        shift: float | Sequence[float] = 0.0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            latent_channels=latent_channels,
-            channels=channels,
-            stages=stages,
-            up_stages=up_stages,
-            middle=middle,
-            inner_channels=inner_channels,
-            encoder_projection=True,
-            decoder_projection=True,
-            doubled=False,
-            dropout=dropout,
-            norm_groups=norm_groups,
-            tanh=tanh,
-            checkpointing=checkpointing,
-            scale_factor=scale_factor,
-            shift=shift,
-        )
+        super().__init__(in_channels, out_channels, latent_channels=latent_channels, **settings)
         self.num_codes = num_codes
         self.codebook = Codebook(num_codes, latent_channels, beta=beta, legacy=legacy)
 
@@ -131,7 +101,7 @@ class VQAutoencoder(SpatialAutoencoder):
         return self.normalise(self._encoded(x, **how))
 
     def decode(self, z: Tensor, *, quantise: bool = True, **how: Any) -> Tensor:
-        """Images (B, C, H, W) from normalised latents, each vector replaced by its nearest code unless told otherwise."""
+        """Images (B, C, H, W) from normalised latents, each vector first replaced by its nearest code."""
         self._check_latents(z)
         z = self.denormalise(z)
         return self._decoded(self.codebook(z).z if quantise else z, **how)
