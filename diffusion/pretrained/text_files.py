@@ -29,9 +29,14 @@ class Tower:
     shapes: Shapes  # by the file's names
 
     def __str__(self) -> str:
-        vocab_size, channels = self.shapes[next(key for key in self.keys.values() if key.endswith(TOKENS))]
+        vocab_size, channels = self.size
         where = f" below {self.prefix}" if self.prefix else ""
         return f"{self.layout} names{where}: {self.num_layers} layers of {channels} channels, {vocab_size} tokens"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens and channels."""
+        return self.shapes[next(key for key in self.keys.values() if key.endswith(TOKENS))]
 
     @property
     def num_layers(self) -> int:
@@ -116,8 +121,7 @@ def _checked(path: str | Path) -> Path:
 
 def _choose(towers: list[Tower], net: TextTransformer, path: Path) -> Tower:
     """The only tower, or the only one of this size."""
-    size = (net.vocab_size, net.channels)
-    fits = [t for t in towers if any(key.endswith(TOKENS) and t.shapes[key] == size for key in t.keys.values())]
+    fits = [tower for tower in towers if tower.size == (net.vocab_size, net.channels)]
     chosen = towers if len(towers) == 1 else fits
     if len(chosen) == 1:
         return chosen[0]
