@@ -27,12 +27,12 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self) -> None:
-        self._waiting: tuple[int, Tensor, Tensor] | None = None
+        self._waiting: tuple[int, Tensor, Tensor | None] | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], *args: object
     ) -> None:
-        current = (trainer.global_step, outputs["loss"], outputs["t"])
+        current = (trainer.global_step, outputs["loss"], outputs.get("t"))
         due, self._waiting = (self._waiting, current) if outputs["loss"].is_cuda else (current, None)
         if due is not None:
             check(*due)
@@ -42,9 +42,9 @@ class NonFiniteGuard(Callback):
             check(*self._waiting)
 
 
-def check(step: int, loss: Tensor, t: Tensor) -> None:
-    """Raise `NonFiniteLoss`, naming the step and its timesteps, unless `loss` is finite."""
+def check(step: int, loss: Tensor, t: Tensor | None) -> None:
+    """Raise `NonFiniteLoss`, naming the step and its timesteps where there are any, unless `loss` is finite."""
     if math.isfinite(loss):
         return
-    timesteps = ", ".join(str(one) for one in sorted(t.tolist())[:64])
-    raise NonFiniteLoss(f"the loss became {loss.item()} at step {step}, in a batch with the timesteps {timesteps}")
+    timesteps = "" if t is None else ", in a batch with the timesteps " + ", ".join(map(str, sorted(t.tolist())[:64]))
+    raise NonFiniteLoss(f"the loss became {loss.item()} at step {step}{timesteps}")

@@ -1,0 +1,265 @@
+"""What is one training step of an autoencoder? One reconstruction, judged by the loss and, later, by a discriminator.
+
+Both learn from the same backward pass and step together (`JointOptimizer`), so a step is a step of the run.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from diffusion.autoencoder_losses import (
+    AutoencoderLoss,
+    LossTerms,
+    adaptive_weight,
+    codebook_usage,
+    discriminator_loss,
+    generator_loss,
+)
+from diffusion.latents import encode_moments, is_deterministic
+from diffusion.randomness import fold, generator
+from diffusion.training.latent_scale import LatentStatistics
+from diffusion.training.optimizers import JointOptimizer
+from diffusion.training.task import Means, OptimizerPartial, SchedulerPartial, Task, seed_dropout
+
+GAN_NAMES = ("gan", "adaptive_weight", "discriminator", "logits_real", "logits_fake")
+
+
+class AutoencoderTask(Task):
+    """Train `autoencoder`; with a `discriminator`, which `loss.adversarial` then describes, against one.
+
+    `optimizer`, `discriminator_optimizer` (None: `optimizer` again) and `lr_scheduler`, which multiplies the rates of
+    both, are partials. `compile` compiles the autoencoder in place. Batches are {"image": (B, C, H, W) in [-1, 1]}.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        *,
+        loss: AutoencoderLoss,
+        optimizer: OptimizerPartial,
+        lr_scheduler: SchedulerPartial | None = None,
+        discriminator: nn.Module | None = None,
+        discriminator_optimizer: OptimizerPartial | None = None,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed=seed)
+        check_pair(loss, discriminator)
+        self.autoencoder = autoencoder
+        self.loss = loss
+        self.discriminator = discriminator
+        self.optimizer_partial = optimizer
+        self.discriminator_optimizer_partial = discriminator_optimizer or optimizer
+        self.lr_scheduler_partial = lr_scheduler
+        self.discriminator_gradient_norm: Tensor | None = None
+        self.means = Means(term_names(autoencoder, loss))
+        self.gan_means = Means(GAN_NAMES) if discriminator is not None else None
+        if is_deterministic(autoencoder):  # how often each code was chosen since the last log
+            self.register_buffer("code_counts", torch.zeros(autoencoder.num_codes, dtype=torch.long))
+        if compile:
+            autoencoder.compile()
+
+    @property
+    def net(self) -> nn.Module:
+        return self.autoencoder
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        key = (self.batches_seen, self.global_rank)
+        seed_dropout(fold(self.seed, "dropout", *key), self.device)
+        x = batch["image"]
+        output = self.autoencoder(x, self._noise(x, "autoencoder", *key))
+        terms = self._terms(x, output)
+        values, objective = term_values(terms, self.loss), terms.loss
+        discriminator = x.new_zeros(())
+        if self._adversary_begun:
+            gan = self._adversary(x, output.reconstruction, terms)
+            self.gan_means.add(gan)
+            objective = objective + gan["adaptive_weight"] * self.loss.adversarial.weight * gan["gan"]
+            discriminator = gan["discriminator"]
+        elif self.discriminator is not None and self.trainer.world_size > 1:
+            # DistributedDataParallel waits for a gradient of every parameter; `on_before_optimizer_step` drops these.
+            discriminator = 0 * sum(p.sum() for p in self.discriminator.parameters())
+        self.means.add({**values, "loss": objective})
+        if output.indices is not None:
+            self.code_counts.index_add_(0, output.indices.flatten(), torch.ones_like(output.indices.flatten()))
+        self.batches_seen += 1
+        return {"loss": objective + discriminator}
+
+    @property
+    def _adversary_begun(self) -> bool:
+        return self.discriminator is not None and self.loss.adversarial.begun(self.trainer.global_step)
+
+    def _noise(self, x: Tensor, *key: int | str) -> Tensor | None:
+        """Return the draw from q(z | x) that `key` determines, for autoencoders that have such a distribution."""
+        if is_deterministic(self.autoencoder):
+            return None
+        draws = generator(self.seed, *key, device=self.device)
+        shape = (len(x), *self.autoencoder.latent_shape(x.shape[1:]))
+        return torch.randn(shape, generator=draws, device=self.device)
+
+    def _terms(self, x: Tensor, output: Any) -> LossTerms:
+        mean, logvar = output.moments or (None, None)
+        step, codebook = self.trainer.global_step, output.codebook_loss
+        return self.loss(x, output.reconstruction, mean=mean, logvar=logvar, codebook=codebook, step=step)
+
+    def _adversary(self, x: Tensor, reconstruction: Tensor, terms: LossTerms) -> dict[str, Tensor]:
+        """Return what the autoencoder and the discriminator each want of the other's work.
+
+        In the first pass the discriminator's weights are constants, in the others the reconstruction is, so that one
+        backward pass gives each side the gradient of its own loss.
+        """
+        gan = self.loss.adversarial
+        constants = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        wanted = generator_loss(torch.func.functional_call(self.discriminator, constants, (reconstruction,)).float())
+        weight = wanted.new_ones(())
+        if gan.adaptive:
+            weight = adaptive_weight(terms.nll, wanted, self.autoencoder.last_layer)
+        real, fake = (self.discriminator(image.detach()).float() for image in (x, reconstruction))
+        return {
+            "gan": wanted,
+            "adaptive_weight": weight,
+            "discriminator": discriminator_loss(gan.kind, real, fake),
+            "logits_real": real.mean(),
+            "logits_fake": fake.mean(),
+        }
+
+    def on_train_start(self) -> None:
+        if self.discriminator is None:
+            return
+        start, steps = self.loss.adversarial.start, self.trainer.estimated_stepping_batches
+        if start >= steps:
+            rank_zero_warn(
+                f"the discriminator starts after the last step: loss.adversarial.start={start}, and the run ends after "
+                f"{steps:.0f} steps, so it trains without one; lower loss.adversarial.start or raise trainer.max_steps"
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.discriminator is not None and not self._adversary_begun:
+            for parameter in self.discriminator.parameters():
+                parameter.grad = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_partial(trainable(self.autoencoder, self.loss))
+        if self.discriminator is not None:
+            optimizer = JointOptimizer([optimizer, self.discriminator_optimizer_partial(trainable(self.discriminator))])
+        return self.with_schedule(optimizer, self.lr_scheduler_partial)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *settings: Any, **named: Any) -> None:
+        """Clip autoencoder and discriminator apart, each by its own norm."""
+        if self.discriminator is None:
+            super().configure_gradient_clipping(optimizer, *settings, **named)
+            return
+        autoencoder, discriminator = optimizer.parts
+        if self._adversary_begun:
+            super().configure_gradient_clipping(discriminator, *settings, **named)
+            self.discriminator_gradient_norm = self.gradient_norm
+        super().configure_gradient_clipping(autoencoder, *settings, **named)
+
+    def pop_losses(self) -> dict[str, float]:
+        """Return the means since the last call of all terms, and of the codebook how much of it was in use."""
+        means = self.means.pop(self._summed)
+        if self.gan_means is not None:
+            means |= self.gan_means.pop(self._summed)
+            if self.discriminator_gradient_norm is not None:
+                means["discriminator_grad_norm"] = float(self.discriminator_gradient_norm)
+        if is_deterministic(self.autoencoder):
+            used, perplexity = codebook_usage(self._summed(self.code_counts.clone()))
+            self.code_counts.zero_()
+            means |= {"codebook_usage": float(used), "codebook_perplexity": float(perplexity)}
+        return {f"train/{name}": value for name, value in means.items()}
+
+    def _summed(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    # -- validation ----------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._latents = LatentStatistics()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log losses with the same noise each time and, of reconstructions from the mode, PSNR and SSIM."""
+        x = batch["image"]
+        noise = self._noise(x, "validation", batch_idx, self.global_rank)
+        for name, weights in self.weights():
+            with weights:
+                output = self.autoencoder(x, noise)
+                mode = output if noise is None else self.autoencoder(x)
+                terms = self._terms(x, output)
+            if not name:
+                self._latents.add(encode_moments(self.autoencoder, x, torch.float32))
+            measured = {"loss": terms.loss, **similarity(mode.reconstruction, x)}
+            if terms.perceptual is not None:
+                measured["perceptual"] = terms.perceptual
+            for metric, value in measured.items():
+                self.log(f"val/{metric}{name}", value, batch_size=len(x), logger=False, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        for what, values in (("mean", self._latents.mean), ("std", self._latents.std)):
+            for channel, value in enumerate(values.tolist()):
+                self.log(f"val/latent_{what}_{channel:02d}", value, logger=False, sync_dist=True)
+
+    # -- before and after ----------------------------------------------------------------------------------------------
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError where autoencoder or discriminator cannot take images of `shape` (C, H, W)."""
+        self.autoencoder.latent_shape(shape)
+        least = getattr(self.discriminator, "min_size", 1)
+        if min(shape[1:]) < least:
+            raise ValueError(
+                f"the discriminator needs images of at least {least} pixels a side, these have {shape[1]}x{shape[2]}; "
+                "lower discriminator.num_layers"
+            )
+
+
+def check_pair(loss: AutoencoderLoss, discriminator: nn.Module | None) -> None:
+    """Raise ValueError where a discriminator has no part in the loss, or the loss asks for one that is not there."""
+    if discriminator is not None and loss.adversarial is None:
+        raise ValueError("there is a discriminator, but loss.adversarial does not say how it takes part; use loss=autoencoder_gan")
+    if discriminator is None and loss.adversarial is not None:
+        raise ValueError(
+            "loss.adversarial needs a discriminator; add discriminator=patch, or set loss.adversarial=null"
+        )
+
+
+def trainable(*modules: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer may change."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def term_names(autoencoder: nn.Module, loss: AutoencoderLoss) -> list[str]:
+    """Return the names of the terms that this autoencoder and this loss log."""
+    names = ["loss", "nll", "reconstruction", "log_variance"]
+    if loss.perceptual is not None:
+        names.append("perceptual")
+    if is_deterministic(autoencoder):
+        return [*names, "codebook"]
+    return [*names, "kl", *(f"kl_{channel:02d}" for channel in range(autoencoder.latent_channels))]
+
+
+def term_values(terms: LossTerms, loss: AutoencoderLoss) -> dict[str, Tensor]:
+    """Return the terms by the names of `term_names`; "kl" and its channels are nats per image."""
+    values: Mapping[str, Tensor | None] = terms._asdict() | {"log_variance": loss.log_variance.detach()}
+    found = {name: value for name, value in values.items() if value is not None and name != "kl"}
+    if terms.perceptual is None:
+        found["perceptual"] = torch.zeros_like(terms.nll)
+    if terms.kl is not None:
+        found |= {"kl": terms.kl.sum(), **{f"kl_{i:02d}": value for i, value in enumerate(terms.kl)}}
+    return found
+
+
+def similarity(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Return the means over images of PSNR in dB and SSIM, both as of values in [-1, 1].
+
+    SSIM's Gaussian window has sigma 1.5, and 0.5 for images of less than 16 pixels, which the usual one would cover.
+    """
+    reconstruction = reconstruction.float().clamp(-1, 1)
+    sigma = 1.5 if min(x.shape[2:]) >= 16 else 0.5
+    psnr = peak_signal_noise_ratio(reconstruction, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    ssim = structural_similarity_index_measure(reconstruction, x, data_range=2.0, sigma=sigma)
+    return {"psnr": psnr, "ssim": ssim}
