@@ -16,7 +16,7 @@ def is_deterministic(autoencoder: nn.Module) -> bool:
 
 
 def encode_moments(autoencoder: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return mean and log-variance of q(z|x), unscaled, side by side: (B, 2C, h, w) float32 for (B, C, H, W) in [-1, 1].
+    """Return mean and log-variance of q(z|x), unscaled, (B, 2C, h, w) float32, for images (B, C, H, W) in [-1, 1].
 
     In eval mode, whatever the autoencoder's mode is, and without a gradient. `dtype` is what convolutions compute in;
     None means float16 on a GPU and float32 elsewhere. A batch that overflows in half precision is encoded again in
@@ -43,6 +43,7 @@ def _encode(autoencoder: nn.Module, images: Tensor, dtype: torch.dtype) -> Tenso
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         if is_deterministic(autoencoder):
             mean = autoencoder.denormalise(autoencoder.encode(images))
-            return torch.cat([mean, torch.full_like(mean, NO_NOISE)], dim=1).float()
-        mean, logvar = autoencoder.moments(images)
-        return torch.cat([mean, logvar], dim=1).float()
+            logvar = torch.full_like(mean, NO_NOISE)
+        else:
+            mean, logvar = autoencoder.moments(images)
+    return torch.cat([mean, logvar], dim=1).float().contiguous()  # strided as a cache gives them

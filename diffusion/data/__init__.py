@@ -17,10 +17,12 @@ _HOMES = {
     "ImageFolder": "image_folder",
     "ImageSet": "images",
     "KeyedSet": "images",
+    "LatentSet": "latents",
     "MNIST": "torchvision_sets",
     "ShapeImages": "shapes",
     "Shapes": "shapes",
     "TensorImages": "images",
+    "cached": "latents",
 }
 
 __all__ = sorted(_HOMES)
