@@ -60,16 +60,6 @@ class Codebook(nn.Module):
         return F.embedding(indices, self.weight).movedim(-1, 1)
 
 
-def codebook_usage(indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Fraction () of the codes that occur among the indices (of any shape), and their perplexity () in 1 to num_codes.
-
-    Perplexity is the exponential of the entropy of the codes' frequencies: how many codes are used as if equally often.
-    """
-    counts = torch.bincount(indices.flatten(), minlength=num_codes).double()
-    frequencies = counts / counts.sum()
-    return (counts > 0).double().mean(), torch.special.entr(frequencies).sum().exp()
-
-
 class VQAutoencoder(SpatialAutoencoder):
     """Latent diffusion's VQ autoencoder: `encode` leaves latents continuous, `decode` quantises them first.
 

@@ -340,25 +340,27 @@ def _unet_rules(net: UNet, read: Config) -> Iterator[Rule]:
         yield from renamed(net.vector_embedding, "vector_embedding", foreign, names)
     yield from renamed(net.conv_in, "conv_in", "conv_in", {"": ""})
     for i, level in enumerate(net.down):
-        yield from _level_rules(level, f"down.{i}", f"down_blocks.{i}", "downsamplers.0", linear=linear)
+        yield from level_rules(level, f"down.{i}", f"down_blocks.{i}", "downsamplers.0", linear=linear)
     for i, block in enumerate(net.middle):
-        yield from _block_rules(block, f"middle.{i}", "mid_block", i, linear=linear)
+        yield from block_rules(block, f"middle.{i}", "mid_block", i, linear=linear)
     for i, level in enumerate(net.up):
         foreign = f"up_blocks.{len(net.up) - 1 - i}"
-        yield from _level_rules(level, f"up.{i}", foreign, "upsamplers.0", linear=linear)
+        yield from level_rules(level, f"up.{i}", foreign, "upsamplers.0", linear=linear)
     yield from renamed(net.norm_out, "norm_out", "conv_norm_out", {"": ""})
     yield from renamed(net.conv_out, "conv_out", "conv_out", {"": ""})
 
 
-def _level_rules(level: nn.Module, ours: str, foreign: str, resample: str, *, linear: bool) -> Iterator[Rule]:
+def level_rules(level: nn.Module, ours: str, foreign: str, resample: str, *, linear: bool) -> Iterator[Rule]:
+    """One resolution on one way, and the module that leaves it, if any, called `resample`."""
     for i, block in enumerate(level.blocks):
-        yield from _block_rules(block, f"{ours}.blocks.{i}", foreign, i, linear=linear)
+        yield from block_rules(block, f"{ours}.blocks.{i}", foreign, i, linear=linear)
     if level.resample is not None:
         names = RESIDUAL if isinstance(level.resample, ResidualBlock) else {"conv": "conv"}
         yield from renamed(level.resample, f"{ours}.resample", f"{foreign}.{resample}", names)
 
 
-def _block_rules(block: Block, ours: str, foreign: str, number: int, *, linear: bool) -> Iterator[Rule]:
+def block_rules(block: Block, ours: str, foreign: str, number: int, *, linear: bool) -> Iterator[Rule]:
+    """A residual block and its attention, if any; `linear` says how transformers project."""
     yield from renamed(block.residual, f"{ours}.residual", f"{foreign}.resnets.{number}", RESIDUAL)
     if block.attention is None:
         return
