@@ -18,7 +18,7 @@ from diffusion.data.batches import EpochBatches
 from diffusion.data.digits import Digits
 from diffusion.data.image_folder import ImageFolder
 from diffusion.data.images import TensorImages
-from diffusion.data.latents import LatentSet, cached
+from diffusion.data.latent_cache import LatentSet, cached
 from diffusion.data.shapes import Shapes
 from diffusion.data.table import TEXT, Column, Table, TableWriter
 from diffusion.latents import NO_NOISE, encode_moments

@@ -16,11 +16,11 @@ import torch
 from latent_cases import Mirrored, assert_same_batches, autoencoder
 from PIL import Image
 
-from diffusion.data import latent_build, latents
+from diffusion.data import latent_build, latent_cache
 from diffusion.data.digits import Digits
 from diffusion.data.image_folder import ImageFolder
 from diffusion.data.images import ImageSet, TensorImages
-from diffusion.data.latents import cached
+from diffusion.data.latent_cache import cached
 from diffusion.data.shapes import Shapes
 from diffusion.data.table import TableWriter
 
@@ -256,8 +256,8 @@ def test_a_complete_cache_is_read_without_writing(tmp_path, monkeypatch):
     """What a folder that may only be read needs; permissions themselves do not stop root."""
     cached(Mirrored(), autoencoder(), tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
-    monkeypatch.setattr(latents, "_locked", None)
-    monkeypatch.setattr(latents, "LatentBuild", None)
+    monkeypatch.setattr(latent_cache, "_locked", None)
+    monkeypatch.setattr(latent_cache, "LatentBuild", None)
     cached(Mirrored(), autoencoder(), tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())} == before
 

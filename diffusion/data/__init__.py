@@ -17,12 +17,12 @@ _HOMES = {
     "ImageFolder": "image_folder",
     "ImageSet": "images",
     "KeyedSet": "images",
-    "LatentSet": "latents",
+    "LatentSet": "latent_cache",
     "MNIST": "torchvision_sets",
     "ShapeImages": "shapes",
     "Shapes": "shapes",
     "TensorImages": "images",
-    "cached": "latents",
+    "cached": "latent_cache",
 }
 
 __all__ = sorted(_HOMES)
