@@ -1,0 +1,1 @@
+"""What are samples worth? Judges that know the truth, apart from everything that trains."""
