@@ -97,16 +97,10 @@ class Asked(NamedTuple):
     negative: dict[str, list[str]] | None
 
 
-def entries_of(conditioner: nn.Module | None) -> list[str]:
-    """Return the names of what a conditioner reads of a batch, each once."""
-    entry = () if conditioner is None else conditioner.entry
-    return list(dict.fromkeys((entry,) if isinstance(entry, str) else entry))
-
-
 def classes_of(net: nn.Module, conditioner: nn.Module | None) -> int | None:
     """Return how many classes the network knows, by itself or through its conditioner; None for none."""
-    modules = [net, *(() if conditioner is None else conditioner.modules())]
-    return next((m.num_classes for m in modules if getattr(m, "num_classes", None) is not None), None)
+    known = getattr(net, "num_classes", None)
+    return getattr(conditioner, "num_classes", None) if known is None else known
 
 
 def choose_asked(model: LoadedModel, config: Mapping[str, Any]) -> Asked:
@@ -114,7 +108,8 @@ def choose_asked(model: LoadedModel, config: Mapping[str, Any]) -> Asked:
 
     Raises ValueError for a setting that the model does not listen to, and for one that it needs.
     """
-    entries, num_classes = entries_of(model.conditioner), classes_of(model.net, model.conditioner)
+    entries = () if model.conditioner is None else model.conditioner.entries
+    num_classes = classes_of(model.net, model.conditioner)
     heard = [ASKED_BY[entry] for entry in entries]
     heard += ["labels"] if num_classes is not None and "labels" not in heard else []
     for key, needed in (
@@ -250,10 +245,10 @@ def conditions(
         null["label"] = torch.full_like(condition["label"], NULL_LABEL)
     if conditioner is not None:
         with torch.no_grad():
-            prepared = conditioner.read(stacked(inputs)).to(device)
+            prepared = conditioner.prepare_batch(stacked(inputs))
             told = conditioner(prepared)
             if negative:
-                away = conditioner(conditioner.read(stacked({**inputs, **negative})).to(device))
+                away = conditioner(conditioner.prepare_batch(stacked({**inputs, **negative})))
             else:
                 away = conditioner(prepared, torch.ones(len(prepared), dtype=torch.bool, device=device))
         condition |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}

@@ -4,12 +4,10 @@ All randomness is a function of (seed, purpose, number of the micro-batch, rank)
 for bit and ranks never share noise.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from diffusion.checkpoint import Part
@@ -20,12 +18,12 @@ from diffusion.models.autoencoder import Moments
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import fold, generator
 from diffusion.timestep_samplers import StratifiedTimesteps, UniformTimesteps
-from diffusion.training.ema import EMA, average_name
+from diffusion.training.task import OptimizerPartial, SchedulerPartial, Task, seed_dropout
 
 QUARTERS = 4  # parts of the chain whose losses are logged apart
 
 
-class DenoiserTask(LightningModule):
+class DenoiserTask(Task):
     """Train `net` to denoise. `optimizer(parameters)` and `lr_scheduler(optimizer)` are partials, counted in steps.
 
     With an `autoencoder` (frozen) the data are its latents: of "image", encoded in each step, or of cached "moments".
@@ -42,9 +40,9 @@ class DenoiserTask(LightningModule):
         diffusion: GaussianDiffusion,
         *,
         loss: DenoisingLoss,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: OptimizerPartial,
         timestep_sampler: UniformTimesteps | None = None,
-        lr_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        lr_scheduler: SchedulerPartial | None = None,
         autoencoder: nn.Module | None = None,
         conditioner: nn.Module | None = None,
         condition_drop: float = 0.0,
@@ -52,7 +50,7 @@ class DenoiserTask(LightningModule):
         bundle: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed=seed)
         if not 0 <= condition_drop <= 1:
             raise ValueError(f"task.condition_drop is a probability in [0, 1], got {condition_drop}")
         loss.check(diffusion)
@@ -71,13 +69,10 @@ class DenoiserTask(LightningModule):
         self.lr_scheduler_partial = lr_scheduler
         self.condition_drop = condition_drop
         self.bundle = bundle
-        self.seed = seed
         # Frozen modules stay out of the module tree: no checkpoint repeats them, and `train()` leaves them alone.
         self._beside = {"autoencoder": autoencoder, "conditioner": conditioner}
         self.trained_conditioner = conditioner if is_trainable(conditioner) else None
         self._frozen_parts: dict[str, Part] = {}  # made once, because hashing a large module takes a second
-        self.batches_seen = 0  # micro-batches over the whole run: the key of every draw
-        self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
         # Sums since the last log: [loss of each quarter of the chain..., objective], and how many samples gave them.
         # A buffer, so that a checkpoint between two logs carries it.
         self.register_buffer("sums", torch.zeros(2, QUARTERS + 1))
@@ -138,7 +133,7 @@ class DenoiserTask(LightningModule):
         if drop is not None and "label" in condition:
             condition["label"] = condition["label"].masked_fill(drop, NULL_LABEL)
         if self.conditioner is not None:
-            condition |= self.conditioner(self.conditioner.read(batch).to(self.device), drop)
+            condition |= self.conditioner(self.conditioner.prepare_batch(batch), drop)
         return condition
 
     @torch.no_grad()
@@ -166,56 +161,25 @@ class DenoiserTask(LightningModule):
         x0 = self.clean(batch, "validation", batch_idx, self.global_rank)
         t, _ = StratifiedTimesteps(self.diffusion.schedule.num_train_timesteps)(len(x0), fixed)
         eps = self.loss.noise(x0, fixed)
-        for name, weights in self._weights():
+        for name, weights in self.weights():
             with weights:
                 condition = self.condition(batch)
                 loss = self.loss(self.diffusion, self.net, x0, t, eps, condition).loss.mean()
             self.log(f"val/loss{name}", loss, batch_size=len(x0), logger=False, sync_dist=True)
 
-    def _weights(self) -> Iterator[tuple[str, contextlib.AbstractContextManager]]:
-        yield "", contextlib.nullcontext()
-        for ema in self.trainer.callbacks:
-            if isinstance(ema, EMA):
-                for decay in ema.averages:
-                    suffix = "_ema" if decay == ema.decays[0] else f"_ema_{average_name(decay)}"
-                    yield suffix, ema.swapped(self.model, decay)
-
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_partial([p for p in self.model.parameters() if p.requires_grad])
-        if self.lr_scheduler_partial is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler_partial(optimizer), "interval": "step"},
-        }
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the trainer's flags say, and keep the norm from before."""
-        by_norm = bool(gradient_clip_val) and gradient_clip_algorithm in (None, "norm")
-        next_step = self.trainer.global_step + 1
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not by_norm and next_step % self.trainer.log_every_n_steps == 0:  # costs a pass over the gradients
-            self.gradient_norm = total_norm(parameters)
-        if by_norm:
-            self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["batches_seen"] = self.batches_seen
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.batches_seen = checkpoint["batches_seen"]
+        return self.with_schedule(optimizer, self.lr_scheduler_partial)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise ValueError where images of `shape` (C, H, W), or their latents, cannot pass the network."""
         if self.autoencoder is not None:
             shape = self.autoencoder.latent_shape(shape)
+            if len(shape) != 3:
+                raise ValueError(
+                    "the autoencoder's latents are vectors, and a denoiser needs (C, H, W); take one with spatial "
+                    "latents, such as autoencoder=digits"
+                )
         factor = getattr(self.net, "size_factor", 1)
         if any(size % factor for size in shape[1:]):
             what = "images" if self.autoencoder is None else "latents"
@@ -280,9 +244,13 @@ def check_fit(
             raise ValueError(f"the network needs a vector of {wanted} channels, which no conditioner gives; add one")
     if autoencoder is None:
         return
+    if not autoencoder.measured:
+        file = autoencoder.origin.source if hasattr(autoencoder, "origin") else "FILE"
+        raise ValueError(
+            "the autoencoder's scale_factor has not been measured, and latents must have a standard deviation of about "
+            f"1; measure it: uv run python -m diffusion.training.latent_scale checkpoint={file} data=..."
+        )
     channels = autoencoder.latent_channels
-    if len(autoencoder.latent_shape((autoencoder.in_channels, *[autoencoder.size_factor * 8] * 2))) != 3:
-        raise ValueError("the autoencoder's latents are vectors; a denoiser needs latents (C, H, W)")
     has = (getattr(net, "in_channels", None), getattr(net, "out_channels", None))
     needs = (channels + provided.get("concat", 0), diffusion.out_channels(channels))
     if None not in has and has != needs:
@@ -291,18 +259,3 @@ def check_fit(
             f"out_channels={needs[1]}, but it has {has[0]} and {has[1]}; set net.in_channels={needs[0]} "
             f"out_channels={needs[1]}, or take another autoencoder"
         )
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the global generator of this device; `torch.manual_seed` would ask every backend, at 0.1 ms a call."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
-def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

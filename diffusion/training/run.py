@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.tree import Tree
 
 from diffusion.checkpoint import atomic_write, locate, read_header
+from diffusion.data.latent_cache import cached
 from diffusion.randomness import fold
 from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, export_model, last_checkpoint
 from diffusion.training.metrics import MetricsCSV
@@ -49,8 +50,8 @@ def train(cfg: Any) -> Path:
     report_start(run_dir, checkpoint, resumed_step, config)
     fast_dev_run = bool(config["trainer"].get("fast_dev_run"))
     task, data = build_task(config), build(config["data"])
-    if hasattr(task, "check_shape"):
-        task.check_shape(data.shape)
+    task.check_shape(data.shape)
+    data = with_cache(data, task, config)
     facts = {
         "shape": list(data.shape),
         "num_classes": data.num_classes,
@@ -181,6 +182,22 @@ def build_seeded(node: Mapping[str, Any] | None, seed: int, name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fold(seed, "init") if name == "net" else fold(seed, "init", name))
         return build(node)
+
+
+def with_cache(data: LightningDataModule, task: LightningModule, config: Mapping[str, Any]) -> LightningDataModule:
+    """Let the data come from the folder `latent_cache`, which is filled first where it is empty; None changes nothing.
+
+    Raises ValueError for a run without latents, and for a cache that was made of something else.
+    """
+    if not config.get("latent_cache"):
+        return data
+    autoencoder = getattr(task, "autoencoder", None)
+    if autoencoder is None or autoencoder is task.net:
+        raise ValueError(
+            f"latent_cache={config['latent_cache']}, but this run learns no latents; set latent_cache=null, or choose "
+            "autoencoder=trained autoencoder.checkpoint=FILE"
+        )
+    return cached(data, autoencoder, config["latent_cache"], dtype=config.get("latent_dtype"))
 
 
 def build_callbacks(config: Mapping[str, Any], facts: Mapping[str, Any], data: LightningDataModule) -> list[Callback]:

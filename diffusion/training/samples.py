@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from diffusion.data.base import ImageData
-from diffusion.generate import NonFiniteSamples, batches, classes_of, entries_of, guidance_for, sampler_for
+from diffusion.generate import NonFiniteSamples, batches, classes_of, guidance_for, sampler_for
 from diffusion.images import grid, save_png, to_uint8
 from diffusion.sampling import Sampler
 from diffusion.training.ema import EMA
@@ -103,7 +103,7 @@ class SampleGrid(Callback):
         """Return uint8 images (rows * columns, H, W, C), row after row, and the captions of rows that have some."""
         asked = {name: self._repeated(values) for name, values in self._conditions(task).items()}
         labels = asked.get("label")
-        inputs = {name: asked[name] for name in entries_of(task.conditioner)}
+        inputs = {name: asked[name] for name in (task.conditioner.entries if task.conditioner else ())}
         drawn = batches(
             task.net,
             task.diffusion,
@@ -131,7 +131,7 @@ class SampleGrid(Callback):
 
     def _conditions(self, task: LightningModule) -> dict[str, list[Any]]:
         """Return what the rows ask for, by batch entry: classes in turn, or what validation samples show."""
-        entries = set(entries_of(task.conditioner))
+        entries = set(task.conditioner.entries if task.conditioner else ())
         if task.net.num_classes is not None:
             entries.add("label")
         if not entries:
