@@ -1,6 +1,7 @@
 """The text transformer against outputs of transformers and open_clip, and against the full-size lists of names."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -42,10 +43,9 @@ def answer(net: TextTransformer, case: Case, name: str) -> Tensor:
         tokens, name = tokens[:, :-3], about
     elif kind == "masked":
         mask, name = case["in.attention_mask"], about
-    if name.endswith("_firstmatch"):
-        last = case.config["vocab_size"] - 3
-        tokens = case[f"in.input_ids_eosV-{case.config['vocab_size'] - last}"]
-        return net.pool(net.norm_out(net(tokens)[-1]), tokens, end=last)
+    if found := re.fullmatch(r"pooler_output_eosV-(\d+)_firstmatch", name):
+        tokens = case[f"in.input_ids_eosV-{found[1]}"]
+        return net.pool(net.norm_out(net(tokens)[-1]), tokens, end=case.config["vocab_size"] - int(found[1]))
     states = net(tokens, mask)
     if name.startswith("hidden_states."):
         return states[int(name.partition(".")[2])]

@@ -33,8 +33,8 @@ HARMLESS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "is_encoder_decoder"),
     *("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"),
 )
-# Not weights: some releases store the numbers 0 to 76.
-HARMLESS_KEYS = ("text_model.embeddings.position_ids",)
+# Not the text transformer's weights: the numbers 0 to 76, and the temperature of a whole CLIP's loss.
+HARMLESS_KEYS = ("text_model.embeddings.position_ids", "logit_scale")
 BLOCK = {
     "norm_attention": "layer_norm1",
     "out": "self_attn.out_proj",
