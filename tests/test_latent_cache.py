@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from latent_cases import STAGES, Mirrored, assert_same_batches, autoencoder
 from PIL import Image
+from torch import nn
+from training_cases import tiny
 
 from diffusion.checkpoint import load_autoencoder, save_model
 from diffusion.data import latents
@@ -24,6 +27,8 @@ from diffusion.data.table import TEXT, Column, Table, TableWriter
 from diffusion.latents import NO_NOISE, encode_moments
 from diffusion.models.conv_vae import ConvVAE
 from diffusion.models.vq import VQAutoencoder
+from diffusion.training.metrics import read_rows
+from diffusion.training.run import train
 
 SETTINGS = {
     "_target_": "diffusion.models.autoencoder.AutoencoderKL",
@@ -126,6 +131,34 @@ def test_samples_that_are_fewer_than_the_images_cannot_stand_for_them(tmp_path):
     data.setup()
     with pytest.raises(ValueError, match="7 samples cannot stand for the 30 images of the train set"):
         data.serve(train=data.val_set, val=data.val_set)
+
+
+def saved(path: Path, model: nn.Module, **settings) -> Path:
+    about = {"shape": [1, 8, 8], "num_classes": None, "class_names": None, "condition_drop": 0.0}
+    save_model(path, model, {"autoencoder": {**SETTINGS, **settings}}, weights="raw", step=1, facts=about)
+    return path
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows, columns = read_rows(run_dir / "metrics.csv"), ("train/loss", "val/loss", "val/loss_ema")
+    return [float(row[name]) for row in rows for name in columns if row.get(name)]
+
+
+def test_a_run_with_a_cache_has_the_losses_of_one_without_and_may_change_over_in_mid_epoch(tmp_path):
+    model = autoencoder(in_channels=1, latent_channels=1)
+    file = saved(tmp_path / "model.safetensors", model, latent_channels=1, scale_factor=2.0)
+
+    def run(name: str, **changes) -> list[float]:
+        config = tiny(tmp_path / name, callbacks__samples=None, **changes)
+        config["autoencoder"] = {"_target_": "diffusion.checkpoint.load_autoencoder", "checkpoint": str(file)}
+        train(config)
+        return losses(tmp_path / name)
+
+    plain = run("plain")
+    assert len(plain) > 10
+    assert run("cached", latent_cache=str(tmp_path / "cache")) == pytest.approx(plain, rel=1e-5)
+    run("mixed", trainer__max_steps=8)
+    assert run("mixed", latent_cache=str(tmp_path / "cache")) == pytest.approx(plain, rel=1e-5)
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
@@ -254,9 +287,8 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_command_fills_the_folder_that_training_reads(tmp_path, monkeypatch, capsys):
-    model, file, cache = autoencoder(in_channels=1), tmp_path / "model.safetensors", tmp_path / "cache"
-    about = {"shape": [1, 8, 8], "num_classes": None, "class_names": None, "condition_drop": 0.0}
-    save_model(file, model, {"autoencoder": SETTINGS}, weights="raw", step=1, facts=about)
+    model, cache = autoencoder(in_channels=1), tmp_path / "cache"
+    file = saved(tmp_path / "model.safetensors", model)
     chosen = ["autoencoder=trained", f"autoencoder.checkpoint={file}", f"latent_cache={cache}"]
     status, out, err = command(monkeypatch, capsys, *chosen)
     assert (status, out) == (0, f"{cache} holds the latents of 1200 + 597 images, 0.48 MB\n"), err
@@ -264,6 +296,8 @@ def test_the_command_fills_the_folder_that_training_reads(tmp_path, monkeypatch,
     assert command(monkeypatch, capsys, *chosen)[2] == ""  # complete: nothing to do
     data = cached(Digits(), load_autoencoder(file), cache)
     assert_same_batches(data.val_dataloader(), Digits().val_dataloader(), model)
+    _, out, _ = command(monkeypatch, capsys, *chosen[:2], f"latent_cache={cache}_half", "latent_dtype=float16")
+    assert "0.25 MB" in out
     status, _, err = command(monkeypatch, capsys, *chosen, "data=shapes", "data.num_train=9", "data.num_val=2")
     assert status == 2 and "data.shape was [1, 8, 8] and is [3, 32, 32]" in err and len(err.splitlines()) == 1
 

@@ -69,8 +69,8 @@ def cached(
     """Let `data` give "moments" from `folder` in place of "image", and return it; fill the folder first if need be.
 
     Order, mirrors, labels, captions and the place where a run goes on stay what they are. Any number of processes may
-    call this at once, such as the ranks of a run: one fills the folder and the others wait for it. `device` (None: CUDA
-    where there is one), `batch_size` (None: about a megapixel) and `precision` are how images are encoded; `dtype` is
+    call this at once, such as the ranks of a run: one fills the folder and the others wait for it. `device` (None: an
+    accelerator where there is one), `batch_size` (None: about a megapixel) and `precision` are how images are encoded; `dtype` is
     how new caches are stored ("float32", or "float16" at half the size), None means float32 or what has been begun.
 
     Raises ValueError where the folder holds the latents of another autoencoder or of other data, naming every
@@ -89,7 +89,7 @@ def cached(
         sets = {"train": data.train_set, "val": data.val_set}
         made_from = origin(data, autoencoder)
         if not exists(folder / MANIFEST):
-            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
             pixels = data.shape[-1] * data.shape[-2]
             batch_size = batch_size or min(1024, max(1, PIXELS_A_BATCH // pixels))
             build = LatentBuild(folder, sets, autoencoder, made_from, dtype)

@@ -99,6 +99,7 @@ LABELS = {
     "shape_colour": tuple(f"{colour} {shape}" for shape, colour in COMBINATIONS),
 }
 SPLITS = ("train", "validation", "held_out")
+KEPT_BYTES = 2**28  # of drawn images, a dataset
 
 
 class Scene(NamedTuple):
@@ -153,7 +154,7 @@ def draw(what: Scene, image_size: int) -> np.ndarray:
 
 
 class ShapeImages(ImageSet):
-    """`num_samples` images of one split ("train", "validation" or "held_out"), drawn when they are asked for."""
+    """`num_samples` images of one split ("train", "validation" or "held_out"), drawn when they are first asked for."""
 
     def __init__(
         self, num_samples: int, image_size: int, *, split: str = "train", label: str = "shape", seed: int = 0
@@ -164,6 +165,7 @@ class ShapeImages(ImageSet):
         if label not in LABELS:
             raise ValueError(f"data.label is {label!r}; choose one of {', '.join(LABELS)}")
         self.num_samples, self.image_size, self.split, self.label = num_samples, image_size, split, label
+        self._drawn: dict[int, tuple[np.ndarray, int, str]] = {}
 
     def __len__(self) -> int:
         return self.num_samples
@@ -172,16 +174,19 @@ class ShapeImages(ImageSet):
         return scene(self.seed, self.split, index)
 
     def load(self, indices: Sequence[int]) -> dict[str, Any]:
-        scenes = [self.scene(index) for index in indices]
-        names = LABELS[self.label]
-        return {
-            "image": torch.from_numpy(np.stack([draw(what, self.image_size) for what in scenes])),
-            "label": torch.tensor([names.index(what.class_name(self.label)) for what in scenes]),
-            "caption": [what.caption for what in scenes],
-        }
+        images, labels, captions = zip(*map(self._sample, indices), strict=True)
+        return {"image": torch.from_numpy(np.stack(images)), "label": torch.tensor(labels), "caption": list(captions)}
 
-    def description(self) -> dict[str, Any]:
-        return super().description() | {"split": self.split, "label": self.label, "seed": self.seed}
+    def _sample(self, index: int) -> tuple[np.ndarray, int, str]:
+        """Image, label and caption; drawing costs more than a small network's layer, so what fits in memory is kept."""
+        if index in self._drawn:
+            return self._drawn[index]
+        what = self.scene(index)
+        label = LABELS[self.label].index(what.class_name(self.label))
+        sample = draw(what, self.image_size), label, what.caption
+        if len(self._drawn) * sample[0].nbytes < KEPT_BYTES:
+            self._drawn[index] = sample
+        return sample
 
 
 class Shapes(ImageData):
