@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from diffusion.autoencoder_losses import (
     AutoencoderLoss,
@@ -23,6 +22,7 @@ from diffusion.latents import encode_moments, is_deterministic
 from diffusion.randomness import fold, generator
 from diffusion.training.latent_scale import LatentStatistics
 from diffusion.training.optimizers import JointOptimizer
+from diffusion.training.similarity import similarity
 from diffusion.training.task import Means, OptimizerPartial, SchedulerPartial, Task, seed_dropout
 
 GAN_NAMES = ("gan", "adaptive_weight", "discriminator", "logits_real", "logits_fake")
@@ -61,6 +61,8 @@ class AutoencoderTask(Task):
         if is_deterministic(autoencoder):  # how often each code was chosen since the last log
             self.register_buffer("code_counts", torch.zeros(autoencoder.num_codes, dtype=torch.long))
         if compile:
+            # The adaptive weight goes back through the graph once more, which compiled graphs forbid by default.
+            torch._functorch.config.donated_buffer = False
             autoencoder.compile()
 
     @property
@@ -183,7 +185,7 @@ class AutoencoderTask(Task):
         self._latents = LatentStatistics()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log losses with the same noise each time and, of reconstructions from the mode, PSNR and SSIM."""
+        """Log losses with the same noise each time and, of reconstructions from the mode, how like the images they are."""
         x = batch["image"]
         noise = self._noise(x, "validation", batch_idx, self.global_rank)
         for name, weights in self.weights():
@@ -220,7 +222,9 @@ class AutoencoderTask(Task):
 def check_pair(loss: AutoencoderLoss, discriminator: nn.Module | None) -> None:
     """Raise ValueError where a discriminator has no part in the loss, or the loss asks for one that is not there."""
     if discriminator is not None and loss.adversarial is None:
-        raise ValueError("there is a discriminator, but loss.adversarial does not say how it takes part; use loss=autoencoder_gan")
+        raise ValueError(
+            "there is a discriminator, but loss.adversarial does not say how it takes part; use loss=autoencoder_gan"
+        )
     if discriminator is None and loss.adversarial is not None:
         raise ValueError(
             "loss.adversarial needs a discriminator; add discriminator=patch, or set loss.adversarial=null"
@@ -251,15 +255,3 @@ def term_values(terms: LossTerms, loss: AutoencoderLoss) -> dict[str, Tensor]:
     if terms.kl is not None:
         found |= {"kl": terms.kl.sum(), **{f"kl_{i:02d}": value for i, value in enumerate(terms.kl)}}
     return found
-
-
-def similarity(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Return the means over images of PSNR in dB and SSIM, both as of values in [-1, 1].
-
-    SSIM's Gaussian window has sigma 1.5, and 0.5 for images of less than 16 pixels, which the usual one would cover.
-    """
-    reconstruction = reconstruction.float().clamp(-1, 1)
-    sigma = 1.5 if min(x.shape[2:]) >= 16 else 0.5
-    psnr = peak_signal_noise_ratio(reconstruction, x, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean")
-    ssim = structural_similarity_index_measure(reconstruction, x, data_range=2.0, sigma=sigma)
-    return {"psnr": psnr, "ssim": ssim}

@@ -28,6 +28,7 @@ from diffusion.data.batches import EpochBatches, EpochLoader
 from diffusion.generate import choose_device
 from diffusion.latents import encode_moments
 
+CONSTANT = 1e-6  # standard deviation of latents that do not change; rounding, and `latents.NO_NOISE`, stay below
 Scale = tuple[float | list[float], float | list[float]]  # scale_factor and shift, one number or one a channel
 
 
@@ -63,7 +64,7 @@ class LatentStatistics:
             std, shift = self.std, self.mean.tolist()
         else:  # LDM's: one over the standard deviation of everything, and no shift
             std, shift = (self._squares.mean() / self.count - self.mean.mean().square()).sqrt(), 0.0
-        if not (std > 0).all() or not std.isfinite().all():
+        if not (std > CONSTANT).all() or not std.isfinite().all():
             raise ValueError(
                 f"the latents' standard deviation is {std.tolist()}, which no scale makes 1; a channel that is "
                 "constant on these images needs other images, or a model that uses it"
@@ -98,7 +99,7 @@ def measure_scale(
 
 
 def training_images(data: ImageData, batch_size: int = 64) -> EpochLoader:
-    """Return all training images of a datamodule in the order of the first epoch: the first thousand are a fair share."""
+    """Return all training images of a datamodule in the order of the first epoch: its beginning is a fair share."""
     if data.train_set is None:
         data.prepare_data()
         data.setup("fit")
