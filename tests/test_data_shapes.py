@@ -41,6 +41,24 @@ def test_an_image_is_a_function_of_seed_split_and_index():
         assert not torch.equal(other.__getitems__(keys)["image"], whole["image"])
 
 
+def test_a_batch_may_be_changed_though_its_images_are_kept():
+    dataset = ShapeImages(4, 16)
+    first = dataset.load([2, 2])["image"]
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(dataset.load([2, 2])["image"], before)
+
+
+def test_images_that_do_not_fit_in_memory_are_drawn_again(monkeypatch):
+    keys = [(0, index) for index in range(8)]
+    kept = ShapeImages(8, 16).__getitems__(keys)
+    monkeypatch.setattr("diffusion.data.shapes.KEPT_BYTES", 2 * 3 * 16 * 16)
+    dataset = ShapeImages(8, 16)
+    for _ in range(2):
+        assert torch.equal(dataset.__getitems__(keys)["image"], kept["image"])
+    assert len(dataset._drawn) == 2
+
+
 def test_resolution_changes_the_grid_and_not_the_picture():
     scenes = [ShapeImages(8, 32).scene(index) for index in range(8)]
     for scene in scenes:
