@@ -29,16 +29,16 @@ class FoldedUpsample(Upsample):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or self.conv is None:
             return super().forward(x)
-        batch, _, height, width = x.shape
         weight, bias = self.conv.weight, self.conv.bias
+        height, width = x.shape[-2:]
         out = None
         for down in range(2):
             for right in range(2):
                 kernel = _fold(_fold(weight, down, 2), right, 3).contiguous(memory_format=torch.channels_last)
                 y = F.conv2d(x, kernel, bias, padding=1)[..., down : down + height, right : right + width]
                 if out is None:
-                    shape = (batch, y.shape[1], 2 * height, 2 * width)
-                    out = y.new_empty(shape).contiguous(memory_format=torch.channels_last)
+                    shape = (*y.shape[:2], 2 * height, 2 * width)
+                    out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
                 out[..., down::2, right::2] = y
         return out
 
