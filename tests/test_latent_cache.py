@@ -269,6 +269,19 @@ def test_a_trainer_in_half_precision_does_not_reach_into_encoding():
         assert torch.equal(encode_moments(model, images), exact)
 
 
+@pytest.mark.gpu
+def test_a_gpu_encodes_in_half_precision_what_a_cpu_encodes(tmp_path):
+    model = autoencoder()
+    images = torch.rand(4, 3, 8, 8) * 2 - 1
+    exact = encode_moments(model, images)
+    half = encode_moments(model.cuda(), images.cuda())
+    assert half.dtype == torch.float32 and not torch.equal(half.cpu(), exact)
+    torch.testing.assert_close(half.cpu(), exact, atol=1e-2, rtol=1e-2)
+    data = cached(Mirrored(), model.cpu(), tmp_path, device="cuda")
+    assert next(model.parameters()).device.type == "cpu"
+    assert_same_batches(data.train_dataloader(), Mirrored().train_dataloader(), model, atol=1e-2)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

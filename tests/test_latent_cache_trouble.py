@@ -140,7 +140,7 @@ def test_a_killed_build_is_no_cache_and_goes_on_where_it_was(tmp_path, monkeypat
     with pytest.raises(ValueError):  # half an array is none
         np.load(tmp_path / "broken" / "train.moments.npy", mmap_mode="r")
     with open(tmp_path / "broken" / "train.label.npy", "ab") as file:  # written, but not noted before the end
-        file.write(b"12345678901")
+        file.write(b"x" * 999)
     model, encoded = autoencoder(), []
     moments = model.moments
     model.moments = lambda x: encoded.append(len(x)) or moments(x)
