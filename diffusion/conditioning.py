@@ -6,7 +6,6 @@ network's vocabulary: `context` (B, L, D), `context_mask` (B, L), `vector` (B, D
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -140,7 +139,7 @@ class TextConditioner(Conditioner):
         return self.tokenizer.empty.to(prepared.device).expand_as(prepared)
 
     def encode(self, prepared: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad() if self.frozen else nullcontext():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._encode(prepared)
 
     def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -256,8 +255,10 @@ class LowResolutionConditioner(Conditioner):
         full = _pair(image_size)
         if factor < 1 or any(side % factor for side in full):
             raise ValueError(f"factor={factor} does not divide image_size={full}; choose a divisor of both sides")
-        if blur < 0:
-            raise ValueError(f"blur={blur} is a standard deviation in pixels; it must be at least 0")
+        if not 0 <= 3 * blur < min(full) - 1:
+            raise ValueError(
+                f"blur={blur} is a standard deviation in pixels; choose 0 to a third of the image's side, {min(full)}"
+            )
         self.low_size = tuple(side // factor for side in full)
         self.size = full if size is None else _pair(size)
         self.channels, self.kernel, self.blur = channels, kernel, blur

@@ -108,6 +108,15 @@ def test_a_condition_differs_from_null_unless_it_may_not_be_dropped(conditioner)
     assert same(given, null) is kept
 
 
+def test_in_half_precision_the_condition_is_almost_the_same(conditioner):
+    with torch.no_grad():
+        full = conditioner(conditioner.prepare_batch(BATCH), torch.tensor([True, False]))
+        conditioner.to(torch.bfloat16)
+        half = conditioner(conditioner.prepare_batch(BATCH), torch.tensor([True, False]))
+    for name, value in full.items():
+        assert_close(half[name].float(), value.float(), 0.05, name)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(conditioner):
     prepared = conditioner.prepare_batch(BATCH)
     both, one = conditioner(prepared), conditioner(prepared[1:])
@@ -437,17 +446,22 @@ def test_what_is_small_already_is_taken_as_it_is(kernel):
 
 
 def test_the_blur_is_gaussian():
-    conditioner = LowResolutionConditioner(33, 1, blur=1.5)
-    from diffusion.conditioning import _blurred
-
-    point = torch.zeros(1, 3, 33, 33)
+    point = torch.full((1, 3, 33, 32), -1.0)
     point[:, :, 16, 16] = 1
-    blurred = _blurred(point, conditioner.blur)[0, 0]
-    at = torch.arange(33.0) - 16
-    variance = (blurred.sum(0) * at**2).sum()
-    assert blurred.sum().item() == pytest.approx(1, abs=1e-5)
-    assert variance.item() == pytest.approx(1.5**2, rel=0.05)
-    torch.testing.assert_close(blurred, blurred.T)
+    conditioner = LowResolutionConditioner((33, 16), 1, kernel="area", blur=1.5)
+    blurred = (conditioner.prepare(point)[0, 0] + 1) / 2
+    rows, total, at = blurred.sum(1), blurred.sum(), torch.arange(33.0) - 16
+    assert total.item() == pytest.approx(0.5, abs=1e-4)  # the area of two columns is one
+    assert ((rows * at**2).sum() / total).item() == pytest.approx(1.5**2, rel=0.05)
+    torch.testing.assert_close(rows[16 + 2] / rows[16], torch.tensor(-0.5 * (2 / 1.5) ** 2).exp())
+
+
+def test_the_overshoot_of_a_bicubic_kernel_is_cut_off():
+    x = torch.ones(1, 3, 16, 16)
+    x[..., 8:] = -1
+    low = LowResolutionConditioner(16, 2, kernel="bicubic").prepare(x)
+    raw = F.interpolate(x, (8, 8), mode="bicubic", antialias=True)
+    assert raw.max() > 1.01 and torch.equal(low, raw.clamp(-1, 1))
 
 
 def test_images_that_are_none_are_refused():
@@ -473,6 +487,7 @@ def test_images_that_are_none_are_refused():
         ({"factor": 0}, "factor=0"),
         ({"kernel": "lanczos"}, "kernel='lanczos' is unknown; choose 'bicubic', 'bilinear' or 'area'"),
         ({"blur": -1.0}, "blur=-1.0"),
+        ({"blur": 5.0}, "blur=5.0 is a standard deviation in pixels; choose 0 to a third of the image's side, 16"),
     ],
 )
 def test_impossible_low_resolutions_are_refused(settings, message):

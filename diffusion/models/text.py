@@ -134,13 +134,11 @@ class TextTransformer(nn.Module):
         return last[torch.arange(len(tokens), device=last.device), position]
 
     def _allowed(self, mask: Tensor) -> Tensor:
-        """The mask (B, 1, L, L) or (B, 1, 1, L) of the attention; who may look at nobody looks at itself."""
+        """The mask of the attention, (B, 1, L, L) or (B, 1, 1, L)."""
         allowed = mask[:, None, None, :]
         if self.causal:
             allowed = allowed & torch.ones(2 * mask.shape[-1:], dtype=torch.bool, device=mask.device).tril()
-            itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
-            return allowed | (itself & ~allowed.any(dim=-1, keepdim=True))
-        return allowed | ~allowed.any(dim=-1, keepdim=True)
+        return allowed
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point():

@@ -37,6 +37,7 @@ class PatchEncoder(nn.Module):
             block.initialise(num_layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.patches.weight.dtype)
         if x.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
