@@ -6,6 +6,7 @@ Wraps Hydra for the entry scripts. Nothing here imports torch, so `--help` and `
 import difflib
 import importlib
 import os
+import re
 import sys
 import types
 import typing
@@ -57,12 +58,18 @@ def command(
     return decorate
 
 
-def quoted(argument: str, texts: tuple[str, ...]) -> str:
-    """Quote the value of a text for Hydra's grammar, unless it is quoted, a list, null or a reference already."""
+def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
+    """Quote a value for Hydra's grammar where it must mean itself: a text, and anything with "=" in it, such as a path.
+
+    What is quoted, a list, a choice for a sweep, null or a reference already stays as it is.
+    """
     key, equals, value = argument.partition("=")
-    if key not in texts or not equals or value in ("", "null") or value.startswith(("[", '"', "'", "${")):
+    if not equals or value in ("", "null") or value.startswith(("[", "{", '"', "'", "${")) or argument.startswith("-"):
         return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    if key not in texts and ("=" not in value or "," in value or "(" in value):
+        return argument
+    # Hydra reads a backslash as itself, except in front of a quote.
+    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value))
     return f'{key}="{escaped}"'
 
 

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from tiny import ROOT, run, save_tiny
 
-from diffusion.cli import nearest_keys, sweep_folder
+from diffusion.cli import nearest_keys, quoted, sweep_folder
 
 
 @pytest.mark.parametrize("script", ["train", "sample"])
@@ -45,7 +47,7 @@ def test_help_lists_every_group_with_its_options_and_the_examples(monkeypatch, c
         ("optimiser.lr=1e-3", "did you mean optimizer.lr?"),
         ("schedul=cosine", "did you mean schedule"),
         ("schedule=cosin", "did you mean cosine? options: cosine, linear"),
-        ("experiment=digit", "did you mean digits?"),
+        ("experiment=digit", "did you mean digits"),
         ("-m schedule=linear,cosinee seed=0,1", "schedule has no option 'cosinee'; did you mean cosine?"),
         ("-m seed=0,1 sampler.num_stepz=3", "did you mean sampler.num_steps?"),
         ("digits", "experiment=digits?"),
@@ -131,3 +133,32 @@ def test_folder_names_hold_no_slashes():
 )
 def test_nearest_keys_prefer_the_same_place_then_the_same_name(key, nearest):
     assert nearest_keys(key, ["a", "b", "a.lr", "b.lr", "a.momentum"]) == nearest
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("prompt=a dog, running", "a dog, running"),
+        ("prompt=half (of) a dog: x=1 [sic] {no}", "half (of) a dog: x=1 [sic] {no}"),
+        ('prompt=say "yes" \\ no', 'say "yes" \\ no'),
+        ("prompt='quoted, already'", "quoted, already"),
+        ('prompt=["one, two",three]', ["one, two", "three"]),
+        ("prompt=null", None),
+        ("prompt=7", "7"),
+        ("prompt=ends in \\", "ends in \\"),
+        ("checkpoint=outputs/seed=1/model.safetensors", "outputs/seed=1/model.safetensors"),
+        ("labels=[3,7]", [3, 7]),
+        ("seed=7", 7),
+    ],
+)
+def test_texts_and_paths_mean_themselves_to_hydra(argument, value):
+    override = OverridesParser.create().parse_override(quoted(argument, ("prompt",)))
+    assert not override.is_sweep_override()
+    plain = lambda got: got.text if isinstance(got, QuotedString) else got  # noqa: E731
+    got = override.value()
+    assert ([plain(item) for item in got] if isinstance(got, list) else plain(got)) == value
+
+
+def test_choices_of_a_sweep_stay_choices():
+    override = OverridesParser.create().parse_override(quoted("checkpoint=a,b", ("prompt",)))
+    assert override.is_sweep_override()
