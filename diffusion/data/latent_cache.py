@@ -70,8 +70,9 @@ def cached(
 
     Order, mirrors, labels, captions and the place where a run goes on stay what they are. Any number of processes may
     call this at once, such as the ranks of a run: one fills the folder and the others wait for it. `device` (None: an
-    accelerator where there is one), `batch_size` (None: about a megapixel) and `precision` are how images are encoded; `dtype` is
-    how new caches are stored ("float32", or "float16" at half the size), None means float32 or what has been begun.
+    accelerator where there is one), `batch_size` (None: about a megapixel) and `precision` are how images are encoded;
+    `dtype` is how a new cache is stored, "float32" or "float16" at half the size; None means float32, or what has been
+    begun.
 
     Raises ValueError where the folder holds the latents of another autoencoder or of other data, naming every
     difference, and OSError where it cannot be written; what was written before is kept.

@@ -188,6 +188,9 @@ class ShapeImages(ImageSet):
             self._drawn[index] = sample
         return sample
 
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"split": self.split, "label": self.label, "seed": self.seed}
+
 
 class Shapes(ImageData):
     """Shape (6) x colour (6) x size (2) x background (7 of 8), with position, radius and tilt drawn besides.
