@@ -110,6 +110,8 @@ def choose_asked(model: LoadedModel, config: Mapping[str, Any]) -> Asked:
     """
     entries = () if model.conditioner is None else model.conditioner.entries
     num_classes = classes_of(model.net, model.conditioner)
+    if unknown := [entry for entry in entries if entry not in ASKED_BY]:
+        raise ValueError(f"this model is conditioned on {unknown}, which no setting gives; call generate(inputs=...)")
     heard = [ASKED_BY[entry] for entry in entries]
     heard += ["labels"] if num_classes is not None and "labels" not in heard else []
     for key, needed in (

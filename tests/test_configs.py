@@ -11,15 +11,24 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tiny import ROOT
 
+from diffusion.autoencoder_losses import AutoencoderLoss
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator
 from diffusion.sampling import SampleNoise
+from diffusion.training.denoiser import DenoiserTask
 from diffusion.training.run import build
 
 CONFIGS = ROOT / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 SIZE, CHANNELS = 8, 3
+# Which autoencoder a recipe's `autoencoder.checkpoint` is meant to be.
+LATENTS_OF = {
+    "digits_latent": "digits",
+    "shapes_latent_text": "shapes",
+    "ldm_f4_class": "vq_f4",
+    "ldm_f8_text": "kl_f8",
+}
 
 
 def composed(*overrides: str, name: str = "train") -> dict:
@@ -36,13 +45,22 @@ def built(node: dict):
 
 
 def options(group: str) -> list[str]:
-    return [option for name, option in OPTIONS if name == group]
+    return [option for name, option in OPTIONS if name == group and option != "none"]
+
+
+def trains(experiment: str, what: str) -> bool:
+    """Say whether a recipe trains a "denoiser" or an "autoencoder"."""
+    return composed(f"experiment={experiment}")["task"]["_target_"].startswith(f"diffusion.training.{what}.")
+
+
+DENOISERS = [experiment for experiment in options("experiment") if trains(experiment, "denoiser")]
+AUTOENCODERS = [experiment for experiment in options("experiment") if trains(experiment, "autoencoder")]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_resolves(group, option):
-    config = composed(f"+{group}={option}" if group == "edit" else f"{group}={option}")
-    assert config["net"]["_target_"] and config["run_dir"]
+    config = composed(f"{group}={option}")
+    assert config["run_dir"] and (option == "none" or config.get("net") or config.get("autoencoder"))
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -54,21 +72,61 @@ def test_every_recipe_opens_with_its_command_hardware_time_and_score(experiment)
     assert composed(f"experiment={experiment}")["name"] == experiment
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_recipe_builds_a_network_that_fits_its_process_and_its_images(experiment):
+@pytest.mark.parametrize("experiment", DENOISERS)
+def test_every_recipe_builds_a_network_that_fits_its_process_its_latents_and_its_condition(experiment):
     config = composed(f"experiment={experiment}")
+    data = config["data"]
+    shape = (data["channels"], data["image_size"], data["image_size"])
+    latents_of = LATENTS_OF.get(experiment)
+    node = composed(f"experiment={AUTOENCODERS[0]}", f"autoencoder={latents_of}")["autoencoder"] if latents_of else None
     with torch.device("meta"):
-        net = built(config["net"])
-    diffusion, data = built(config["diffusion"]), config["data"]
-    assert built(data).shape == (data["channels"], data["image_size"], data["image_size"])
-    assert net.out_channels == diffusion.out_channels(data["channels"])
-    assert data["image_size"] % net.size_factor == 0
-    built(config["loss"]).check(diffusion)
-    assert built(config["timestep_sampler"]).num_train_timesteps == diffusion.num_train_timesteps
+        net, conditioner = built(config["net"]), build(config["conditioner"])
+        channels = {"in_channels": shape[0], "out_channels": shape[0], "scale_factor": 1.0}
+        autoencoder = built({**node, **channels}) if node else None
+    assert bool(config["autoencoder"]) == (autoencoder is not None)
+    diffusion = built(config["diffusion"])
+    task = DenoiserTask(
+        net,
+        diffusion,
+        loss=built(config["loss"]),
+        optimizer=built(config["optimizer"]),
+        timestep_sampler=built(config["timestep_sampler"]),
+        autoencoder=autoencoder,
+        conditioner=conditioner,
+    )
+    task.check_shape(shape)
+    if autoencoder is None:
+        assert net.out_channels == diffusion.out_channels(shape[0])
     assert built(config["sampler"]).timesteps(diffusion.schedule)[-1] == -1
-    scheduler = built(config["lr_scheduler"]) if config["lr_scheduler"] else None
+    check_optimizer(config)
+
+
+@pytest.mark.parametrize("experiment", AUTOENCODERS)
+def test_every_autoencoder_recipe_builds_what_fits_its_images(experiment):
+    config = composed(f"experiment={experiment}")
+    data = config["data"]
+    shape = (data["channels"], data["image_size"], data["image_size"])
+    with torch.device("meta"):
+        autoencoder, discriminator = built(config["autoencoder"]), build(config["discriminator"])
+        assert autoencoder.latent_shape(shape)[0] == autoencoder.latent_channels
+        if discriminator is not None:
+            assert discriminator(torch.empty(2, *shape)).ndim == 4
+    loss = {**config["loss"], "perceptual": None}  # LPIPS looks for its weights when it is built
+    assert (built(loss).adversarial is None) == (discriminator is None)
+    check_optimizer(config)
+
+
+def check_optimizer(config):
+    scheduler = build(config["lr_scheduler"])
     optimizer = built(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
     assert scheduler is None or scheduler(optimizer).get_last_lr()
+
+
+@pytest.mark.parametrize(("experiment", "millions"), [("ldm_f4_class", 400.9), ("ldm_f8_text", 859.5)])
+def test_the_full_size_recipes_have_their_papers_networks(experiment, millions):
+    with torch.device("meta"):
+        net = built(composed(f"experiment={experiment}")["net"])
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(millions * 1e6, rel=1e-3)
 
 
 def test_the_cifar10_recipe_is_iddpms():
@@ -109,7 +167,12 @@ def test_every_sampler_samples_with_every_guidance(sampler, guidance):
 @pytest.mark.parametrize("option", options("loss"))
 def test_every_loss_gives_a_gradient(option):
     config = composed(f"loss={option}")
-    loss = built(config["loss"])
+    loss = built({**config["loss"], **({"perceptual": None} if "perceptual" in config["loss"] else {})})
+    if isinstance(loss, AutoencoderLoss):
+        x, y = torch.rand(2, 4, CHANNELS, SIZE, SIZE).requires_grad_()
+        moments = {"mean": x[:, :1], "logvar": x[:, :1]} if "codebook" not in option else {"codebook": x.mean()}
+        assert loss(x, y, **moments, step=10).loss.requires_grad
+        return
     learned = loss.vlb_weight > 0
     diffusion = GaussianDiffusion(built(config["schedule"]), "v", variance="learned" if learned else "posterior")
     loss.check(diffusion)
@@ -151,7 +214,7 @@ def test_sampling_needs_nothing_from_the_training_config():
 
 MATHS = {
     *("randomness", "schedule", "process", "denoiser", "guidance", "solvers", "sampling", "losses"),
-    *("timestep_samplers", "likelihood"),
+    *("timestep_samplers", "likelihood", "autoencoder_losses"),
 }
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "tensorboard"}
 MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint")

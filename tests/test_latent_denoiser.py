@@ -241,6 +241,15 @@ def test_a_latent_cache_needs_latents(tmp_path):
         train(tiny(tmp_path / "run", latent_cache=str(tmp_path / "cache")))
 
 
+def test_a_latent_cache_holds_no_images_for_a_conditioner(autoencoder, tmp_path):
+    upscale = {"_target_": "diffusion.conditioning.LowResolutionConditioner", "image_size": 8, "factor": 2}
+    upscale |= {"channels": 1, "size": 4}
+    config = latent_run(tmp_path / "run", autoencoder, conditioner=upscale, latent_cache=str(tmp_path / "cache"))
+    config["net"] = {**NET, "num_classes": 10, "in_channels": 3}
+    with pytest.raises(ValueError, match="the conditioner reads images, which latent_cache="):
+        train(config)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # conditioners
 

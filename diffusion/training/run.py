@@ -197,6 +197,11 @@ def with_cache(data: LightningDataModule, task: LightningModule, config: Mapping
             f"latent_cache={config['latent_cache']}, but this run learns no latents; set latent_cache=null, or choose "
             "autoencoder=trained autoencoder.checkpoint=FILE"
         )
+    if task.conditioner is not None and "image" in task.conditioner.entries:
+        raise ValueError(
+            f"the conditioner reads images, which latent_cache={config['latent_cache']} does not keep; "
+            "set latent_cache=null"
+        )
     return cached(data, autoencoder, config["latent_cache"], dtype=config.get("latent_dtype"))
 
 
