@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.models.coders import Decoder, Encoder
-from diffusion.models.tiling import in_tiles
+from diffusion.models.tiling import Tiles, in_tiles
 from diffusion.models.unet import Stage
 
 
@@ -230,7 +230,7 @@ class SpatialAutoencoder(Autoencoder):
         """The decoder's last weight, where the adaptive weight of an adversarial loss compares gradients."""
         return self.decoder.conv_out.weight
 
-    def _encoded(self, x: Tensor, *, tile: int | None = None, overlap: int = 16, slices: bool = False) -> Tensor:
+    def _encoded(self, x: Tensor, *, tile: int | None = None, overlap: int = 8, slices: bool = False) -> Tensor:
         """What leaves the projection: moments, or latents before quantisation."""
         self._check_image(x.shape)
         if slices:
@@ -238,7 +238,7 @@ class SpatialAutoencoder(Autoencoder):
         h = self.encoder(x) if tile is None else self.encoder.lower(self._in_tiles(self.encoder, x, tile, overlap))
         return (h if self.to_latent is None else self.to_latent(h)).contiguous()
 
-    def _decoded(self, z: Tensor, *, tile: int | None = None, overlap: int = 16, slices: bool = False) -> Tensor:
+    def _decoded(self, z: Tensor, *, tile: int | None = None, overlap: int = 8, slices: bool = False) -> Tensor:
         """Images from latents that are not normalised."""
         if slices:
             return torch.cat([self._decoded(latent, tile=tile, overlap=overlap) for latent in z.split(1)])
@@ -252,7 +252,8 @@ class SpatialAutoencoder(Autoencoder):
         fine = 2**way.split  # pixels of the image to one of the lower levels'
         steps = self.size_factor // fine  # of those to one of the latents
         units = {"unit": fine, "out_unit": 1} if way is self.encoder else {"unit": 1, "out_unit": fine}
-        return in_tiles(way.upper, x, tile=tile * steps, overlap=overlap * steps, margin=way.reach, **units)
+        tiles = Tiles(tile * steps, overlap * steps, way.reach, **units)
+        return in_tiles(way.upper, x, tiles, way.upper_norms)
 
 
 def _check_stages(down: Sequence[Stage], up: Sequence[Stage], middle: Stage) -> None:

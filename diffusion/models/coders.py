@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.attention import SelfAttention
 from diffusion.models.layers import Downsample, ResidualBlock, Upsample, group_norm, silu
+from diffusion.models.tiling import Place, norm_places
 from diffusion.models.unet import Block, Level, Stage
 
 NORM_EPS = 1e-6  # of all of the original's norms, unlike the UNet's 1e-5
@@ -134,6 +135,11 @@ class Encoder(Coder):
         return self._end(self._through([*levels[:-1], *self.middle], h))
 
     @property
+    def upper_norms(self) -> list[Place]:
+        """The group norms of the upper levels."""
+        return norm_places(self.down[: self.split])
+
+    @property
     def reach(self) -> float:
         """How far the convolutions of `upper` look, in pixels of its result: one pixel a convolution at its scale."""
         pixels = 1.0 / 2**self.split  # the first convolution
@@ -181,6 +187,11 @@ class Decoder(Coder):
     def upper(self, h: Tensor) -> Tensor:
         """The levels above the split, from the enlargement to their resolution on, and the end."""
         return self._finish(self._through(self._upper, h))
+
+    @property
+    def upper_norms(self) -> list[Place]:
+        """The group norms of the upper levels and the end."""
+        return [*norm_places(self.up[: self.split]), (self, "norm_out")]
 
     @property
     def reach(self) -> float:

@@ -1,16 +1,82 @@
-"""How is an image coded that is larger than memory? In overlapping tiles whose seams are blended away.
+"""How is an image coded that is larger than memory? In overlapping tiles that share their norms' statistics.
 
-Tiles share the image evenly, so that none is a sliver, and next to an inner border a strip as wide as the reach of the
-convolutions, which has seen padding instead of its neighbours, counts for nothing.
+Two things make tiles disagree where they meet. Convolutions see padding instead of the neighbour: a strip as wide as
+they reach counts for nothing, and between the strips tiles are blended. And group norms would measure each tile by
+itself: they are fixed to what a survey of small crops from all over the image says, the same for all tiles.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Span = tuple[int, int]
+Place = tuple[nn.Module, str]  # a module and the name of its child
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of a grid of which one step is `unit` pixels of the input and `out_unit` of the result.
+
+    tile: greatest length of a tile; overlap: of two neighbours; margin: how far the function to be computed looks; all
+    in steps.
+    """
+
+    tile: int
+    overlap: int
+    margin: float = 0.0
+    unit: int = 1
+    out_unit: int = 1
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.tile, int) and isinstance(self.overlap, int)
+        if not whole or not 0 <= self.overlap < self.tile:
+            raise ValueError(
+                f"tile={self.tile!r}, overlap={self.overlap!r}: both are whole numbers, overlap is at least 0 and tile "
+                "above it; 64 and 8 latent pixels suit Stable Diffusion's autoencoder"
+            )
+
+    def spans(self, x: Tensor) -> list[list[Span]]:
+        """Start and stop in steps of the tiles of x (B, C, H, W) along H and along W."""
+        return [spans(size // self.unit, self.tile, self.overlap) for size in x.shape[-2:]]
+
+    def __call__(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`compute(x)` of x (B, C, H, W), tile by tile, blended."""
+        rows, columns = self.spans(x)
+        across = blend_weights(columns, self.margin, self.out_unit)
+        out = None
+        for (top, bottom), down in zip(rows, blend_weights(rows, self.margin, self.out_unit), strict=True):
+            for (left, right), side in zip(columns, across, strict=True):
+                y = compute(x[..., _pixels(top, bottom, self.unit), _pixels(left, right, self.unit)])
+                if out is None:
+                    out = y.new_zeros(*y.shape[:2], rows[-1][1] * self.out_unit, columns[-1][1] * self.out_unit)
+                area = (..., _pixels(top, bottom, self.out_unit), _pixels(left, right, self.out_unit))
+                out[area] += y * (down[:, None] * side).to(y)
+        return out
+
+    def crops(self, x: Tensor) -> tuple[Tensor, int, list[float]]:
+        """Small crops of x from all over the image, together as large as a tile, (B * number, C, h, w), their number.
+
+        Also the share of a crop's height and width to leave unmeasured on each side: a quarter, which is half as far as
+        the function looks and beyond most of what a border does, or nothing where crops are as long as the image.
+        """
+        length = max(8, math.ceil(2 * self.margin))
+        places, trims = [], []
+        for size, ((start, stop), *_) in zip(x.shape[-2:], self.spans(x), strict=True):
+            steps = size // self.unit
+            part, count = min(length, steps), max(1, (stop - start) // length)
+            starts = [round((i + 0.5) * steps / count - part / 2) for i in range(count)]
+            places.append([_pixels(at, at + part, self.unit) for at in starts])
+            trims.append(0.25 if part < steps else 0.0)
+        crops = [x[..., row, column] for row in places[0] for column in places[1]]
+        return torch.stack(crops, dim=1).flatten(0, 1), len(crops), trims
+
+
+def _pixels(start: int, stop: int, unit: int) -> slice:
+    return slice(start * unit, stop * unit)
 
 
 def spans(size: int, tile: int, overlap: int) -> list[Span]:
@@ -28,7 +94,6 @@ def blend_weights(spans: list[Span], margin: float, unit: int) -> list[Tensor]:
 
     Zero within `margin` of an inner border, then rising smoothly until the neighbour's margin begins.
     """
-    size = spans[-1][1]
     raw = []
     for number, (start, stop) in enumerate(spans):
         at = start + (torch.arange((stop - start) * unit, dtype=torch.float64) + 0.5) / unit
@@ -38,50 +103,81 @@ def blend_weights(spans: list[Span], margin: float, unit: int) -> list[Tensor]:
         if number + 1 < len(spans):
             weight = weight * _ramp(stop - at, stop - spans[number + 1][0], margin, unit)
         raw.append(weight)
-    total = torch.zeros(size * unit, dtype=torch.float64)
+    total = torch.zeros(spans[-1][1] * unit, dtype=torch.float64)
     for (start, stop), weight in zip(spans, raw, strict=True):
-        total[start * unit : stop * unit] += weight
-    parts = [total[start * unit : stop * unit] for start, stop in spans]
+        total[_pixels(start, stop, unit)] += weight
+    parts = [total[_pixels(start, stop, unit)] for start, stop in spans]
     return [(weight / part).float() for weight, part in zip(raw, parts, strict=True)]
 
 
 def _ramp(distance: Tensor, overlap: int, margin: float, unit: int) -> Tensor:
     """0 up to `margin`, 1 from `overlap - margin`, between them the smooth step 3u^2 - 2u^3."""
+    if not overlap:
+        return torch.ones_like(distance)
     margin = min(margin, (overlap - 1 / unit) / 2)
-    u = ((distance - margin) / (overlap - 2 * margin)).clamp(0, 1) if overlap else torch.ones_like(distance)
+    u = ((distance - margin) / (overlap - 2 * margin)).clamp(0, 1)
     return u * u * (3 - 2 * u)
 
 
-def in_tiles(
-    call: Callable[[Tensor], Tensor],
-    x: Tensor,
-    *,
-    tile: int,
-    overlap: int,
-    margin: float = 0.0,
-    unit: int = 1,
-    out_unit: int = 1,
-) -> Tensor:
-    """`call(x)` of x (B, C, H, W) computed in tiles; one tile's memory, and the result's.
+class SharedNorm(nn.Module):
+    """A group norm that measures the first batch it meets, the survey, and applies that to all that follow.
 
-    tile, overlap, margin: in steps of a grid of which one step is `unit` pixels of x and `out_unit` of the result.
-    Tiles are at most `tile` long; `margin` is how far `call` looks.
+    number: crops of one image in the survey, (B * number, C, h, w), measured together; trims: the share of a crop's
+    height and width on each side that is not measured.
     """
-    if not 0 <= overlap < tile or not isinstance(tile, int) or not isinstance(overlap, int):
-        raise ValueError(
-            f"tile={tile!r}, overlap={overlap!r}: tile must be a whole number of latent pixels above overlap, and "
-            "overlap at least 0; 64 and 16 suit Stable Diffusion's autoencoder"
-        )
-    rows, columns = (spans(size // unit, tile, overlap) for size in x.shape[-2:])
-    if len(rows) == len(columns) == 1:
-        return call(x)
-    across = [weight.to(x.device) for weight in blend_weights(columns, margin, out_unit)]
-    out = None
-    for (top, bottom), down in zip(rows, blend_weights(rows, margin, out_unit), strict=True):
-        for (left, right), side in zip(columns, across, strict=True):
-            y = call(x[..., top * unit : bottom * unit, left * unit : right * unit])
-            y = y * (down.to(x.device)[:, None] * side).to(y.dtype)
-            if out is None:
-                out = y.new_zeros(*y.shape[:2], rows[-1][1] * out_unit, columns[-1][1] * out_unit)
-            out[..., top * out_unit : bottom * out_unit, left * out_unit : right * out_unit] += y
-    return out
+
+    def __init__(self, norm: nn.GroupNorm, number: int, trims: Sequence[float]) -> None:
+        super().__init__()
+        self.norm, self.number, self.trims = norm, number, trims
+        self.affine: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = 1
+        if self.affine is None:
+            self.affine, times = self._survey(x), self.number
+        scale, shift = (part.repeat_interleave(times, dim=0) for part in self.affine)
+        return torch.addcmul(shift, x.float(), scale).to(x.dtype)
+
+    @torch.no_grad()
+    def _survey(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (B, C, 1, 1) of each channel."""
+        height, width = (math.ceil(size * trim) for size, trim in zip(x.shape[-2:], self.trims, strict=True))
+        inner = x[..., height : x.shape[-2] - height, width : x.shape[-1] - width].float()
+        var, mean = torch.var_mean(inner.unflatten(0, (-1, self.number)), dim=(1, 3, 4), correction=0)
+        groups = (self.norm.num_groups, -1)
+        var, mean = var.unflatten(1, groups), mean.unflatten(1, groups)
+        center = mean.mean(2, keepdim=True)
+        var = (var + (mean - center).square()).mean(2, keepdim=True)
+        scale = self.norm.weight.float().unflatten(0, groups) * (var + self.norm.eps).rsqrt()
+        shift = self.norm.bias.float().unflatten(0, groups) - center * scale
+        return scale.flatten(1)[:, :, None, None], shift.flatten(1)[:, :, None, None]
+
+
+def norm_places(root: nn.Module) -> list[Place]:
+    """The group norms below `root`, each as its owner and its name there."""
+    children = ((owner, name, child) for owner in root.modules() for name, child in owner.named_children())
+    return [(owner, name) for owner, name, child in children if isinstance(child, nn.GroupNorm)]
+
+
+@contextmanager
+def shared_norms(places: Iterable[Place], number: int, trims: Sequence[float]) -> Iterator[None]:
+    """Replace the group norms at these places by `SharedNorm`s for a while."""
+    norms = [(parent, name, getattr(parent, name)) for parent, name in places]
+    try:
+        for parent, name, norm in norms:
+            setattr(parent, name, SharedNorm(norm, number, trims))
+        yield
+    finally:
+        for parent, name, norm in norms:
+            setattr(parent, name, norm)
+
+
+def in_tiles(compute: Callable[[Tensor], Tensor], x: Tensor, tiles: Tiles, norms: Iterable[Place] = ()) -> Tensor:
+    """`compute(x)` in tiles that share the statistics of the group norms at the places `norms`."""
+    if all(len(spans) == 1 for spans in tiles.spans(x)):
+        return compute(x)
+    crops, number, trims = tiles.crops(x)
+    with shared_norms(norms, number, trims):
+        with torch.no_grad():
+            compute(crops)
+        return tiles(compute, x)
