@@ -110,6 +110,25 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> No
         stop(diagnosis or explain(error), traceback_hint=diagnosis is None)
 
 
+def read_words(arguments: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Read `name=value` words into a copy of small settings; ValueError for what is not one of them.
+
+    For commands whose settings are a handful of numbers and paths, without a config; None stands for a path.
+    """
+    read = dict(settings)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in settings:
+            known = ", ".join(f"{key}=" for key in settings)
+            raise ValueError(f"{argument!r} is no setting; the settings are {known}")
+        kind = str if settings[name] is None else type(settings[name])
+        try:
+            read[name] = kind(value)
+        except ValueError:
+            raise ValueError(f"{argument} does not fit; it must be of type {kind.__name__}") from None
+    return read
+
+
 def stop(message: str, *, traceback_hint: bool = False) -> NoReturn:
     """End the program with one clear error on stderr."""
     hint = " [DIFFUSION_TRACEBACK=1 shows where]" if traceback_hint else ""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.cli import stop
+from diffusion.cli import read_words, stop
 from diffusion.data.shapes import BACKGROUNDS, COLOURS, HELD_OUT, SEEN, SHAPES, SIZES
 from diffusion.images import to_uint8
 from diffusion.randomness import generator
@@ -322,17 +322,8 @@ def draw_samples(settings: Mapping[str, Any], captions: Sequence[str]) -> np.nda
 
 
 def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read `name=value` words into SETTINGS; ValueError for what is not one of them."""
-    settings = dict(SETTINGS)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or name not in SETTINGS:
-            raise ValueError(f"{argument!r} is no setting; the settings are {', '.join(f'{key}=' for key in SETTINGS)}")
-        kind = str if SETTINGS[name] is None else type(SETTINGS[name])
-        try:
-            settings[name] = kind(value)
-        except ValueError:
-            raise ValueError(f"{argument} does not fit; it must be of type {kind.__name__}") from None
+    """Read `name=value` words into SETTINGS; ValueError for what is not one of them, or does not go together."""
+    settings = read_words(list(arguments), SETTINGS)
     if (settings["checkpoint"] is None) == (settings["samples"] is None):
         raise ValueError("give either checkpoint=FILE to sample from or samples=FILE.npz to judge")
     if settings["captions"] is not None and settings["samples"] is None:
