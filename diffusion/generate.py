@@ -8,6 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,11 +197,13 @@ def generate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     pad_to: int = 1,
+    tile: int | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Draw one batch (B, C, H, W), in [-1, 1] for pixels, as float32 on the CPU. Sample i depends on `seeds[i]` alone.
 
-    `shape` is that of an image; with an `autoencoder` its latents are sampled and decoded. The modules are used as they
+    `shape` is that of an image; with an `autoencoder` its latents are sampled and decoded, in tiles of `tile` latent
+    pixels if large images must fit into memory. The modules are used as they
     are (call `.eval()` and `.to(device)` first); in bfloat16 and float16 the network runs under autocast while the
     sampler's arithmetic stays float32; float64 needs modules in float64. Matrix kernels round differently for small
     and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself with spare samples
@@ -226,7 +229,7 @@ def generate(
     if broken := int((~x.isfinite()).flatten(1).any(1).sum()):
         hint = "try dtype=float32" if half else "the checkpoint may be that of a run that diverged"
         raise NonFiniteSamples(f"{broken} of {len(x)} samples are not finite; {hint}")
-    return x.float().cpu() if autoencoder is None else decoded(autoencoder, x)
+    return x.float().cpu() if autoencoder is None else decoded(autoencoder, x, dtype=dtype, tile=tile)
 
 
 def conditions(
@@ -276,9 +279,17 @@ def sampler_for(sampler: Sampler, *, latents: bool) -> Sampler:
 
 
 @torch.no_grad()
-def decoded(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """Decode one latent after the other, so that an image depends neither on its batch nor on the memory for it."""
-    return torch.cat([autoencoder.decode(z).float().cpu() for z in latents.split(1)])
+def decoded(
+    autoencoder: nn.Module, latents: Tensor, *, dtype: torch.dtype = torch.float32, tile: int | None = None
+) -> Tensor:
+    """Decode one latent after the other, so that an image depends neither on its batch nor on the memory for it.
+
+    What overflows in half precision is decoded again in float32, with a warning.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    how = {} if tile is None else {"tile": tile, "overlap": min(8, tile // 4)}
+    decode = partial(autoencoder.decode_safely, dtype=dtype, **how) if half else partial(autoencoder.decode, **how)
+    return torch.cat([decode(z).float().cpu() for z in latents.split(1)])
 
 
 def padded_all(values: Sequence[Any] | Inputs | None, multiple: int) -> Any:
@@ -340,8 +351,8 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     `config` is the resolved config; it goes into every picture, with the checkpoint's hash. All that can be wrong with
     it is found before the first step, the folder included.
     """
-    for name in ("num_samples", "batch_size", "pad_to"):
-        check_count(name, config[name])
+    for name in ("num_samples", "batch_size", "pad_to", "tile"):
+        check_count(name, 1 if config[name] is None and name == "tile" else config[name])
     asked = choose_asked(model, config)
     device, dtype = choose_device(config["device"]), choose_dtype(config["dtype"])
     for module in (model.net, model.conditioner, model.autoencoder):
@@ -375,6 +386,7 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
             device=device,
             dtype=dtype,
             pad_to=config["pad_to"],
+            tile=config["tile"],
             on_step=on_step,
         ):
             save_pictures(batch, out_dir / "images", made_by, first=len(pictures))
@@ -411,6 +423,7 @@ def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
         "guidance": config["guidance"],
         "dtype": config["dtype"],
         "pad_to": config["pad_to"],
+        "tile": config["tile"],
         "package_version": package_version(),
         "git_commit": git_commit(),
         "torch_version": str(torch.__version__),

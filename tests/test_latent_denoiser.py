@@ -12,7 +12,7 @@ from tiny import DIFFUSION, facts, run
 from training_cases import assert_same_outcome, tiny
 
 from diffusion.checkpoint import BUILDABLE, Part, build, load_autoencoder, load_model, save_model, weights_hash
-from diffusion.generate import generate
+from diffusion.generate import decoded, generate
 from diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from diffusion.images import read_text
 from diffusion.sampling import Sampler
@@ -166,6 +166,23 @@ def test_sampled_latents_are_decoded_once_by_the_autoencoders_own_scale(autoenco
     unscaled = random_autoencoder(scale_factor=1.0, shift=0.0).eval()
     by_hand = torch.cat([unscaled.decode(z / 0.7 + 0.1) for z in latents.split(1)])
     assert torch.allclose(images, by_hand, atol=1e-6)
+
+
+def test_latents_may_be_decoded_in_tiles(autoencoder):
+    loaded, z = load_autoencoder(autoencoder), torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, tiled = decoded(loaded, z), decoded(loaded, z, tile=8)
+    assert torch.allclose(whole, loaded.decode(z), atol=1e-6)
+    by_hand = torch.cat([loaded.decode(one, tile=8, overlap=2) for one in z.split(1)])
+    assert torch.allclose(tiled, by_hand, atol=1e-6) and not torch.allclose(tiled, whole, atol=1e-6)
+
+
+def test_latents_that_overflow_half_precision_are_decoded_in_full(autoencoder):
+    loaded, z = load_autoencoder(autoencoder), torch.ones(1, 2, 4, 4)
+    with torch.no_grad():
+        loaded.decoder.conv_in.weight.mul_(1e6)  # beyond float16, and undone by the norm that follows
+    with pytest.warns(UserWarning, match="overflowed float16"):
+        images = decoded(loaded, z, dtype=torch.float16)
+    assert torch.allclose(images, decoded(loaded, z), atol=1e-5)
 
 
 def test_latents_are_never_clipped(autoencoder):
