@@ -1,16 +1,21 @@
 """The judge of shapes: right on what is drawn, at any size; wrong captions, blobs and bad input do not get past it."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import config, facts, random_net, save_tiny
 
+from diffusion.checkpoint import Part, build, save_model
 from diffusion.data.shapes import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, ShapeImages, draw
 from diffusion.evaluation.shapes import (
     ATTRIBUTES,
+    SETTINGS,
     Judgement,
     agreement,
+    draw_samples,
     evaluation_captions,
     judge,
     judgements,
@@ -139,6 +144,35 @@ def test_the_command_judges_a_file_of_samples(tmp_path, capsys):
     main([f"samples={tmp_path / 's.npz'}", f"captions={tmp_path / 'c.txt'}", f"grid={tmp_path / 'g.png'}"])
     assert "0 do not agree" in capsys.readouterr().out
     assert (tmp_path / "g.png").stat().st_size > 0
+
+
+def text_model(path: Path) -> Path:
+    """A checkpoint of an untrained model of captions, for 16x16 images."""
+    encoder = {"_target_": "diffusion.models.text.TextTransformer", "vocab_size": 64, "channels": 16}
+    encoder |= {"num_layers": 1, "num_heads": 2, "max_length": 12}
+    text = {"_target_": "diffusion.conditioning.TextConditioner", "encoder": encoder, "pooled": True}
+    settings = config(in_channels=3, out_channels=3, num_classes=None, context_channels=16, vector_channels=16)
+    parts = {"conditioner": Part(module=build(text), config=text)}
+    about = facts(shape=[3, 16, 16], num_classes=None, class_names=None)
+    save_model(path, random_net(settings), settings, weights="raw", step=1, facts=about, parts=parts)
+    return path
+
+
+def test_the_command_samples_a_checkpoint_whatever_the_size_of_its_batches(tmp_path):
+    model = text_model(tmp_path / "m.safetensors")
+    captions = evaluation_captions(3, 5, 1)
+    settings = {**SETTINGS, "checkpoint": str(model), "num_steps": 2, "seed": 3}
+    images = draw_samples({**settings, "batch_size": 5}, captions)
+    assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+    assert np.array_equal(images, draw_samples({**settings, "batch_size": 2}, captions))
+    others = draw_samples(settings, captions[1:] + captions[:1])
+    assert not np.array_equal(images, others)  # the captions are told to the network
+
+
+def test_a_model_without_captions_is_refused(tmp_path):
+    path = save_tiny(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="was not trained on captions"):
+        main([f"checkpoint={path}"])
 
 
 @pytest.mark.parametrize(
