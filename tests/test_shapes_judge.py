@@ -153,8 +153,11 @@ def text_model(path: Path) -> Path:
     text = {"_target_": "diffusion.conditioning.TextConditioner", "encoder": encoder, "pooled": True}
     settings = config(in_channels=3, out_channels=3, num_classes=None, context_channels=16, vector_channels=16)
     parts = {"conditioner": Part(module=build(text), config=text)}
+    net = random_net(settings)
+    for parameter in net.parameters():  # branches that start at zero would listen to nothing
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     about = facts(shape=[3, 16, 16], num_classes=None, class_names=None)
-    save_model(path, random_net(settings), settings, weights="raw", step=1, facts=about, parts=parts)
+    save_model(path, net, settings, weights="raw", step=1, facts=about, parts=parts)
     return path
 
 
