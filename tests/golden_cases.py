@@ -3,6 +3,7 @@
 `DIFFUSION_GOLDEN=DIR pytest` runs the same tests on every case of the same kinds in another folder.
 """
 
+import gzip
 import json
 import os
 from dataclasses import dataclass
@@ -43,6 +44,31 @@ def load(name: str) -> Case:
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         return Case(name, config, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+def key_lists() -> list[str]:
+    """Stems of the full-size lists of tensors, such as "sd15_checkpoint"."""
+    files = {path.name.split(".")[0] for path in (GOLDEN / "keys").glob("*.json*")}
+    return sorted(files - {"configs"})
+
+
+def key_list(name: str) -> dict[str, list]:
+    """One list: {tensor name: [dimension, ..., type]}."""
+    return _json(GOLDEN / "keys" / f"{name}.json")
+
+
+def key_configs() -> dict[str, dict]:
+    """The peers' settings by list, from the folder's index or the extract beside the copied files."""
+    if (GOLDEN / "index.json").exists():
+        return {entry["id"].removeprefix("keys/"): entry["config"] for entry in _json(GOLDEN / "index.json")}
+    return _json(GOLDEN / "keys" / "configs.json")
+
+
+def _json(path: Path) -> dict | list:
+    """Read a JSON file; those copied here are compressed to a twentieth."""
+    if path.exists():
+        return json.loads(path.read_text())
+    return json.loads(gzip.decompress(path.with_name(path.name + ".gz").read_bytes()))
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: str = "") -> None:

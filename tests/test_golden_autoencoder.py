@@ -1,10 +1,8 @@
 """The autoencoders against outputs and gradients of the original codebases, in whatever configs they carry."""
 
-import json
-
 import pytest
 import torch
-from golden_cases import GOLDEN, Case, assert_close, load, names
+from golden_cases import GOLDEN, Case, assert_close, key_configs, key_list, key_lists, load, names
 
 from diffusion.autoencoder_losses import kl_to_standard_normal
 from diffusion.models.vq import VQAutoencoder
@@ -170,13 +168,12 @@ def test_two_layouts_of_one_autoencoder_become_the_same_autoencoder(name):
 
 
 def full_size_lists() -> list[str]:
-    stems = sorted(path.stem for path in (GOLDEN / "keys").glob("*.json"))
-    return [stem for stem in stems if stem.endswith(("_checkpoint", "_diffusers"))]
+    return [stem for stem in key_lists() if stem.endswith(("_checkpoint", "_diffusers"))]
 
 
 @pytest.mark.parametrize("name", full_size_lists())
 def test_full_size_names_and_shapes_match_one_to_one(name):
-    shapes = json.loads((GOLDEN / "keys" / f"{name}.json").read_text())
+    shapes = key_list(name)
     prefix = "vae/" if name.endswith("_diffusers") else "first_stage_model."
     expected = {key.removeprefix(prefix): tuple(v[:-1]) for key, v in shapes.items() if key.startswith(prefix)}
     if name.endswith("_diffusers"):
@@ -191,12 +188,7 @@ def test_full_size_names_and_shapes_match_one_to_one(name):
 
 
 def full_size_config(name: str) -> dict:
-    index = GOLDEN / "index.json"
-    if index.exists():
-        configs = {entry["id"].removeprefix("keys/"): entry["config"] for entry in json.loads(index.read_text())}
-    else:
-        configs = json.loads((GOLDEN / "keys" / "configs.json").read_text())
-    return configs[name]["vae"]
+    return key_configs()[name]["vae"]
 
 
 def test_older_attention_names_of_diffusers_load_too():

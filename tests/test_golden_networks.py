@@ -1,11 +1,9 @@
 """The UNet and its blocks against outputs and gradients of the original codebases, in whatever configs they carry."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import GOLDEN, Case, assert_close, load, names
+from golden_cases import Case, assert_close, key_configs, key_list, key_lists, load, names
 from torch import nn
 
 from diffusion.models.attention import Attention, FeedForward, SelfAttention, SpatialTransformer
@@ -233,32 +231,24 @@ def test_the_epsilon_probe_can_tell_a_wrong_epsilon():
 # --- full-size names -------------------------------------------------------------------------------------------------
 
 
-def key_configs() -> dict[str, dict]:
-    """Config of each `keys/*.json`, from the folder's index or the extract beside the copied files."""
-    index = GOLDEN / "index.json"
-    if index.exists():
-        return {entry["id"].removeprefix("keys/"): entry["config"] for entry in json.loads(index.read_text())}
-    return json.loads((GOLDEN / "keys" / "configs.json").read_text())
-
-
 def full_size_names(name: str, prefix: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the UNet in one list of keys; a delta list changes a few of its base's."""
     base, _, delta = name.partition("+")
     shapes = {}
     for part in filter(None, (base, delta)):
-        shapes |= json.loads((GOLDEN / "keys" / f"{part}.json").read_text())
+        shapes |= key_list(part)
     return {k.removeprefix(prefix): tuple(v[:-1]) for k, v in shapes.items() if k.startswith(prefix)}
 
 
-def key_lists() -> list[str]:
-    stems = sorted(path.stem for path in (GOLDEN / "keys").glob("*.json"))
+def unet_lists() -> list[str]:
+    stems = key_lists()
     adm = [stem for stem in stems if stem.startswith("adm_") and "classifier" not in stem]
     base = {True: "sd15_diffusers", False: "sd15_checkpoint"}
     deltas = [f"{base['_diffusers_' in stem]}+{stem}" for stem in stems if stem.endswith("_delta")]
     return adm + [stem for stem in stems if stem.endswith(("_checkpoint", "_diffusers"))] + deltas
 
 
-@pytest.mark.parametrize("name", key_lists())
+@pytest.mark.parametrize("name", unet_lists())
 def test_full_size_names_and_shapes_match_one_to_one(name):
     configs = key_configs()
     base, _, delta = name.partition("+")

@@ -1,12 +1,10 @@
 """The text transformer against outputs of transformers and open_clip, and against the full-size lists of names."""
 
-import json
 import re
 
 import pytest
 import torch
-from golden_cases import GOLDEN, Case, assert_close, load, names
-from test_golden_networks import key_configs
+from golden_cases import Case, assert_close, key_configs, key_list, key_lists, load, names
 from torch import Tensor
 
 from diffusion.models.text import TextTransformer
@@ -15,9 +13,7 @@ from diffusion.pretrained.text_files import find_towers
 
 OUTPUT = 5e-5  # of the tensor's scale
 CASES = names("clip/*")
-KEY_LISTS = sorted(
-    path.stem for kind in ("checkpoint", "diffusers") for path in (GOLDEN / "keys").glob(f"*_{kind}.json")
-)
+KEY_LISTS = [stem for stem in key_lists() if stem.endswith(("_checkpoint", "_diffusers"))]
 
 
 def module_of(case: Case):
@@ -109,7 +105,7 @@ OPEN_CLIP_MODELS = {1024: "ViT-H-14", 1280: "ViT-bigG-14"}  # by width: Stable D
 
 
 def full_size(name: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "keys" / f"{name}.json").read_text())
+    keys = key_list(name)
     return {key: tuple(value[:-1]) for key, value in keys.items()}
 
 
