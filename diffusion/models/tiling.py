@@ -6,7 +6,7 @@ itself: they are fixed to what a survey of small crops from all over the image s
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 Span = tuple[int, int]
 Place = tuple[nn.Module, str]  # a module and the name of its child
+Weights = tuple[Tensor, Tensor]  # of the rows of a survey's crops (rows, height), and of the columns (columns, width)
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,37 @@ class Tiles:
                 out[area] += y * (down[:, None] * side).to(y)
         return out
 
-    def crops(self, x: Tensor) -> tuple[Tensor, int, list[float]]:
-        """Small crops of x from all over the image, together as large as a tile, (B * number, C, h, w), their number.
-
-        Also the share of a crop's height and width to leave unmeasured on each side: a quarter, which is half as far as
-        the function looks and beyond most of what a border does, or nothing where crops are as long as the image.
-        """
+    def survey(self, x: Tensor) -> tuple[Tensor, Weights]:
+        """Small crops of x from edge to edge, together about a tile, (B * rows * columns, C, h, w), and their weights."""
         length = max(8, math.ceil(2 * self.margin))
-        places, trims = [], []
+        starts, weights = [], []
         for size, ((start, stop), *_) in zip(x.shape[-2:], self.spans(x), strict=True):
             steps = size // self.unit
-            part, count = min(length, steps), max(1, (stop - start) // length)
-            starts = [round((i + 0.5) * steps / count - part / 2) for i in range(count)]
-            places.append([_pixels(at, at + part, self.unit) for at in starts])
-            trims.append(0.25 if part < steps else 0.0)
-        crops = [x[..., row, column] for row in places[0] for column in places[1]]
-        return torch.stack(crops, dim=1).flatten(0, 1), len(crops), trims
+            count = max(2, (stop - start) // length) if length < steps else 1
+            part = min(length, steps)
+            starts.append([round(i * (steps - part) / max(1, count - 1)) * self.unit for i in range(count)])
+            weights.append(survey_weights(count, part, steps))
+        height, width = (part.shape[1] * self.unit for part in weights)
+        crops = [x[..., top : top + height, left : left + width] for top in starts[0] for left in starts[1]]
+        return torch.stack(crops, dim=1).flatten(0, 1), (weights[0].to(x.device), weights[1].to(x.device))
+
+
+def survey_weights(count: int, part: int, steps: int) -> Tensor:
+    """How many of the image's steps each step of `count` crops of length `part` stands for, (count, part); sum `steps`.
+
+    The quarter of a crop next to an inner border stands for none: it sees the border, if not as far as convolutions
+    reach, then most of what matters. At the image's edges that quarter stands for itself, and the rest for all between.
+    """
+    weights = torch.ones(count, part)
+    if part == steps:
+        return weights
+    quarter = math.ceil(part / 4)
+    weights[1:, :quarter] = 0
+    weights[:-1, part - quarter :] = 0
+    between = weights.clone()
+    between[0, :quarter] = between[-1, part - quarter :] = 0
+    between[[0, -1]] /= 2  # the trapezoidal rule
+    return torch.where(between > 0, between * (steps - 2 * quarter) / between.sum(), weights)
 
 
 def _pixels(start: int, stop: int, unit: int) -> slice:
@@ -122,34 +138,36 @@ def _ramp(distance: Tensor, overlap: int, margin: float, unit: int) -> Tensor:
 class SharedNorm(nn.Module):
     """A group norm that measures the first batch it meets, the survey, and applies that to all that follow.
 
-    number: crops of one image in the survey, (B * number, C, h, w), measured together; trims: the share of a crop's
-    height and width on each side that is not measured.
+    weights: what the rows and the columns of the survey's crops count for.
     """
 
-    def __init__(self, norm: nn.GroupNorm, number: int, trims: Sequence[float]) -> None:
+    def __init__(self, norm: nn.GroupNorm, weights: Weights) -> None:
         super().__init__()
-        self.norm, self.number, self.trims = norm, number, trims
+        self.norm, self.weights = norm, weights
         self.affine: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         times = 1
         if self.affine is None:
-            self.affine, times = self._survey(x), self.number
+            self.affine, times = self._measure(x), len(self.weights[0]) * len(self.weights[1])
         scale, shift = (part.repeat_interleave(times, dim=0) for part in self.affine)
         return torch.addcmul(shift, x.float(), scale).to(x.dtype)
 
     @torch.no_grad()
-    def _survey(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift (B, C, 1, 1) of each channel."""
-        height, width = (math.ceil(size * trim) for size, trim in zip(x.shape[-2:], self.trims, strict=True))
-        inner = x[..., height : x.shape[-2] - height, width : x.shape[-1] - width].float()
-        var, mean = torch.var_mean(inner.unflatten(0, (-1, self.number)), dim=(1, 3, 4), correction=0)
+    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (B, C, 1, 1) of each channel, from the moments of all crops of an image together."""
+        rows, columns = (
+            w.repeat_interleave(n // w.shape[1], 1) for w, n in zip(self.weights, x.shape[-2:], strict=True)
+        )
+        counts = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1)[:, None]
+        counts = counts / counts.sum()
+        crops = x.float().unflatten(0, (-1, len(counts)))
         groups = (self.norm.num_groups, -1)
-        var, mean = var.unflatten(1, groups), mean.unflatten(1, groups)
-        center = mean.mean(2, keepdim=True)
-        var = (var + (mean - center).square()).mean(2, keepdim=True)
+        mean = (crops * counts).sum(dim=(1, 3, 4)).unflatten(1, groups).mean(2, keepdim=True)
+        center = mean.expand(-1, -1, x.shape[1] // groups[0]).flatten(1)[:, None, :, None, None]
+        var = ((crops - center).square_().mul_(counts)).sum(dim=(1, 3, 4)).unflatten(1, groups).mean(2, keepdim=True)
         scale = self.norm.weight.float().unflatten(0, groups) * (var + self.norm.eps).rsqrt()
-        shift = self.norm.bias.float().unflatten(0, groups) - center * scale
+        shift = self.norm.bias.float().unflatten(0, groups) - mean * scale
         return scale.flatten(1)[:, :, None, None], shift.flatten(1)[:, :, None, None]
 
 
@@ -160,12 +178,12 @@ def norm_places(root: nn.Module) -> list[Place]:
 
 
 @contextmanager
-def shared_norms(places: Iterable[Place], number: int, trims: Sequence[float]) -> Iterator[None]:
+def shared_norms(places: Iterable[Place], weights: Weights) -> Iterator[None]:
     """Replace the group norms at these places by `SharedNorm`s for a while."""
     norms = [(parent, name, getattr(parent, name)) for parent, name in places]
     try:
         for parent, name, norm in norms:
-            setattr(parent, name, SharedNorm(norm, number, trims))
+            setattr(parent, name, SharedNorm(norm, weights))
         yield
     finally:
         for parent, name, norm in norms:
@@ -176,8 +194,8 @@ def in_tiles(compute: Callable[[Tensor], Tensor], x: Tensor, tiles: Tiles, norms
     """`compute(x)` in tiles that share the statistics of the group norms at the places `norms`."""
     if all(len(spans) == 1 for spans in tiles.spans(x)):
         return compute(x)
-    crops, number, trims = tiles.crops(x)
-    with shared_norms(norms, number, trims):
+    crops, weights = tiles.survey(x)
+    with shared_norms(norms, weights):
         with torch.no_grad():
             compute(crops)
         return tiles(compute, x)
