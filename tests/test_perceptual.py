@@ -1,4 +1,4 @@
-"""Is LPIPS what torchmetrics computes, and what is said where its weights are absent? With random weights: no network."""
+"""Is LPIPS what torchmetrics computes, and what is said where its weights are absent? Random ones: no network."""
 
 from urllib.error import URLError
 
@@ -115,7 +115,7 @@ def test_absent_weights_say_where_to_put_them_and_offer_training_without(empty_c
 
 def test_without_download_the_network_is_not_asked(empty_cache, monkeypatch):
     downloads(monkeypatch, lambda *args, **kwargs: pytest.fail("asked the network"))
-    with pytest.raises(ValueError, match="there is no such file.*train without the perceptual loss"):
+    with pytest.raises(ValueError, match=r"there is no such file.*train without the perceptual loss"):
         LPIPS(NET, download=False)
 
 

@@ -237,7 +237,7 @@ def test_the_joint_optimizer_carries_both_states_there_and_back():
 
 def test_the_state_of_one_optimizer_does_not_restore_two():
     alone, other = (torch.optim.SGD(torch.nn.Linear(2, 1).parameters()) for _ in range(2))
-    with pytest.raises(ValueError, match="1 optimizer.*this run has 2.*another run_dir"):
+    with pytest.raises(ValueError, match=r"1 optimizer.*this run has 2.*another run_dir"):
         JointOptimizer([alone, other]).load_state_dict(alone.state_dict())
 
 
@@ -249,7 +249,9 @@ def test_every_term_is_logged(whole):
     logged = {name for row in read_rows(whole("even") / "metrics.csv") for name, value in row.items() if value}
     terms = {"loss", "nll", "reconstruction", "kl", "kl_00", "kl_01", "log_variance", "lr", "images_per_second"}
     gan = {"gan", "adaptive_weight", "discriminator", "logits_real", "logits_fake", "discriminator_grad_norm"}
-    values = {f"{name}{suffix}" for name in ("loss", "psnr", "ssim", "sharpness") for suffix in ("", "_ema", "_ema_0.5")}
+    values = {
+        f"{name}{suffix}" for name in ("loss", "psnr", "ssim", "sharpness") for suffix in ("", "_ema", "_ema_0.5")
+    }
     latents = {f"latent_{what}_{channel}" for what in ("mean", "std") for channel in ("00", "01")}
     assert {f"train/{name}" for name in terms | gan} | {f"val/{name}" for name in values | latents} <= logged
     assert len(column(whole("even"), "train/gan")) == 5 and len(column(whole("even"), "train/loss")) == 7
@@ -462,9 +464,7 @@ def test_a_loss_that_wants_a_discriminator_is_refused_without_one():
     [((1, 9, 8), "H=9 is not a multiple of 2.*8 or 10"), ((3, 8, 8), "1 channels"), ((1, 4, 4), "at least 6 pixels")],
 )
 def test_images_that_do_not_fit_are_refused_before_training(shape, message):
-    whole = task(
-        loss=AutoencoderLoss(adversarial=AdversarialLoss()), discriminator=PatchDiscriminator(1, num_layers=1)
-    )
+    whole = task(loss=AutoencoderLoss(adversarial=AdversarialLoss()), discriminator=PatchDiscriminator(1, num_layers=1))
     with pytest.raises(ValueError, match=message):
         whole.check_shape(shape)
 

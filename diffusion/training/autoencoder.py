@@ -185,7 +185,7 @@ class AutoencoderTask(Task):
         self._latents = LatentStatistics()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log losses with the same noise each time and, of reconstructions from the mode, how like the images they are."""
+        """Log losses with the same noise each time, and how like the images their reconstructions from the mode are."""
         x = batch["image"]
         noise = self._noise(x, "validation", batch_idx, self.global_rank)
         for name, weights in self.weights():
