@@ -88,6 +88,7 @@ def measure(side: str, size: str, task: str, pixels: int, out: str) -> None:
     """Code once, keep the result and print the peak of resident memory in MiB beyond what was held before building."""
     before = resident("VmRSS")
     model, x = build(side, size), inputs(task, pixels)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building, which held both sides' weights
     with torch.inference_mode():
         torch.save(call(side, model, task, x)(), out)
     print(resident("VmHWM") - before)

@@ -3,7 +3,7 @@
 Rombach et al. 2022 (arXiv 2112.10752, appendix G), after Esser et al. 2021 (arXiv 2012.09841).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,15 +80,12 @@ class Coder(nn.Module):
         last = stage.depth - 1
         return nn.ModuleList(self._block(plain if i == last else stage, i, width, width) for i in range(stage.depth))
 
-    def _through(self, modules: Iterable[nn.Module], h: Tensor) -> Tensor:
-        """h after blocks and resampling modules, all in one loop, since every caller would keep its own h alive."""
-        for module in modules:
-            args = (None, None, None) if isinstance(module, Block) else ()
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(module, h, *args, use_reentrant=False)
-            else:
-                h = module(h, *args)
-        return h
+    def _step(self, module: nn.Module, h: Tensor) -> Tensor:
+        """h after a block or a resampling module. The caller's loop must not keep the h before."""
+        args = (None, None, None) if isinstance(module, Block) else ()
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, h, *args, use_reentrant=False)
+        return module(h, *args)
 
     def _end(self, h: Tensor) -> Tensor:
         return self.conv_out(silu(self.norm_out(h)))
@@ -126,13 +123,17 @@ class Encoder(Coder):
 
     def upper(self, x: Tensor) -> Tensor:
         """The levels above the split."""
-        modules = [module for level in self.down[: self.split] for module in (*level.blocks, level.resample)]
-        return self._through(modules, self.conv_in(x.contiguous(memory_format=torch.channels_last)))
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        for module in (module for level in self.down[: self.split] for module in (*level.blocks, level.resample)):
+            h = self._step(module, h)
+        return h
 
     def lower(self, h: Tensor) -> Tensor:
         """The levels below the split, the middle and the end."""
         levels = [module for level in self.down[self.split :] for module in (*level.blocks, level.resample)]
-        return self._end(self._through([*levels[:-1], *self.middle], h))
+        for module in (*levels[:-1], *self.middle):
+            h = self._step(module, h)
+        return self._end(h)
 
     @property
     def upper_norms(self) -> list[Place]:
@@ -178,15 +179,23 @@ class Decoder(Coder):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self._finish(self._through([*self._lower, *self._upper], self._start(z)))
+        h = self._start(z)
+        for module in self._way:
+            h = self._step(module, h)
+        return self._finish(h)
 
     def lower(self, z: Tensor) -> Tensor:
         """The start, the middle and the levels below the split."""
-        return self._through(self._lower, self._start(z))
+        h = self._start(z)
+        for module in self._way[: len(self._way) - self._upper_count]:
+            h = self._step(module, h)
+        return h
 
     def upper(self, h: Tensor) -> Tensor:
         """The levels above the split, from the enlargement to their resolution on, and the end."""
-        return self._finish(self._through(self._upper, h))
+        for module in self._way[len(self._way) - self._upper_count :]:
+            h = self._step(module, h)
+        return self._finish(h)
 
     @property
     def upper_norms(self) -> list[Place]:
@@ -208,13 +217,8 @@ class Decoder(Coder):
         return [*self.middle, *levels[:-1]]
 
     @property
-    def _upper(self) -> list[nn.Module]:
-        count = sum(len(level.blocks) + 1 for level in self.up[: self.split])
-        return self._way[len(self._way) - count :]
-
-    @property
-    def _lower(self) -> list[nn.Module]:
-        return self._way[: len(self._way) - len(self._upper)]
+    def _upper_count(self) -> int:
+        return sum(len(level.blocks) + 1 for level in self.up[: self.split])
 
     def _start(self, z: Tensor) -> Tensor:
         return self.conv_in(z.contiguous(memory_format=torch.channels_last))

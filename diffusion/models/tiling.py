@@ -59,7 +59,7 @@ class Tiles:
         return out
 
     def survey(self, x: Tensor) -> tuple[Tensor, Weights]:
-        """Small crops of x from edge to edge, together about a tile, (B * rows * columns, C, h, w), and their weights."""
+        """Small crops of x from edge to edge, about a tile together, (B * rows * columns, C, h, w); their weights."""
         length = max(8, math.ceil(2 * self.margin))
         starts, weights = [], []
         for size, ((start, stop), *_) in zip(x.shape[-2:], self.spans(x), strict=True):
