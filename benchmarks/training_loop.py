@@ -90,7 +90,7 @@ def main(chunks: int = 40) -> None:
         bare = bare_loop(task, data, config["trainer"]["gradient_clip_val"], config["ema"]["decays"][0])
         turns = TakeTurns(lambda: next(bare))
         callbacks = [*run.build_callbacks(config, {}, data), turns]
-        trainer = run.build_trainer(config, run.Path(folder), task, callbacks, None)
+        trainer = run.build_trainer(config, run.Path(folder), callbacks, None)
         run.fit(trainer, task, data, None)
     ours, theirs = (statistics.median(times[2:]) for times in (turns.ours, turns.theirs))  # the first ones warm up
     ratio = statistics.median(a / b for a, b in zip(turns.ours[2:], turns.theirs[2:], strict=True))

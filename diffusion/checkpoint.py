@@ -459,6 +459,13 @@ def _unbundled(
                     f"give its file: autoencoder=FILE (weights {part['sha256'][:12]})"
                 )
             found[name] = load_autoencoder(source)
+            scale = {key: found[name].origin.config.get(key) for key in ("scale_factor", "shift")}
+            if any(part["config"].get(key) != value for key, value in scale.items()):
+                wanted = {key: part["config"].get(key) for key in scale}
+                raise ValueError(
+                    f"{header.path} was trained with an autoencoder of {_worded(wanted)}, but {source} has "
+                    f"{_worded(scale)}: its scale was measured anew; find the file as it was"
+                )
         else:
             found[name] = _rebuilt(header, {name: part["config"]}, allowed)[name]
         if (now := weights_hash(found[name])) != part["sha256"]:
@@ -467,6 +474,10 @@ def _unbundled(
                 f"{now[:12]}; find the file that it was trained with"
             )
     return found
+
+
+def _worded(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def load_autoencoder(

@@ -237,6 +237,19 @@ def test_another_autoencoder_than_the_one_trained_with_is_refused(autoencoder, t
         load_model(tmp_path / "run" / "model.safetensors", autoencoder=tmp_path / "lost.safetensors")
 
 
+def test_an_autoencoder_whose_scale_was_measured_anew_is_refused(autoencoder, tmp_path):
+    train(latent_run(tmp_path / "run", autoencoder, task__bundle=False, trainer__max_steps=1))
+    anew = autoencoder_file(tmp_path / "anew.safetensors", scale_factor=0.8)
+    with pytest.raises(ValueError, match=r"trained with an autoencoder of scale_factor=0\.7"):
+        load_model(tmp_path / "run" / "model.safetensors", autoencoder=anew)
+
+
+def test_settings_of_another_task_are_refused(tmp_path):
+    task = {"_target_": "diffusion.training.autoencoder.AutoencoderTask", "condition_drop": 0.1}
+    with pytest.raises(ValueError, match=r"AutoencoderTask takes no task\.condition_drop.*experiment="):
+        train({**tiny(tmp_path), "task": task})
+
+
 def test_latents_that_do_not_fit_the_network_are_refused(autoencoder, tmp_path):
     wide = autoencoder_file(tmp_path / "wide.safetensors", latent_channels=3)
     with pytest.raises(ValueError, match=r"latents have 3 channels, so the network needs in_channels=3"):

@@ -37,7 +37,8 @@ SETTINGS = {
     "held_out": 40,  # how many of the captions ask for pairs of shape and colour that training never shows
     "seed": 0,  # of the captions and of the samples
     "guidance_scale": 3.0,
-    "num_steps": 50,
+    "num_steps": 100,
+    "eta": 1.0,  # 0 is DDIM, 1 is DDPM
     "batch_size": 100,
     "grid": None,  # a PNG file for the samples with their captions
 }
@@ -307,7 +308,7 @@ def draw_samples(settings: Mapping[str, Any], captions: Sequence[str]) -> np.nda
     drawn = batches(
         model.net,
         model.diffusion,
-        Sampler(num_steps=settings["num_steps"]),
+        Sampler(num_steps=settings["num_steps"], eta=settings["eta"]),
         ClassifierFreeGuidance(settings["guidance_scale"]),
         num_samples=len(captions),
         batch_size=settings["batch_size"],

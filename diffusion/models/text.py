@@ -71,7 +71,9 @@ class TextTransformer(nn.Module):
     """Token ids (B, L) -> the hidden states after every layer.
 
     The defaults are OpenAI's (ViT-B/32); `causal=False` lets every token look both ways. `projection_channels` adds the
-    linear map, without bias, that takes the pooled state to the space shared with images.
+    linear map, without bias, that takes the pooled state to the space shared with images. `embedding_std` is that of the
+    initial token embeddings, twice the positions': larger ones leave more of each word in its own hidden state, which
+    small models trained from scratch need to compose words that they have not seen together.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class TextTransformer(nn.Module):
         causal: bool = True,
         projection_channels: int | None = None,
         norm_eps: float = 1e-5,
+        embedding_std: float = 0.02,
     ) -> None:
         super().__init__()
         for name, value in (("vocab_size", vocab_size), ("num_layers", num_layers), ("max_length", max_length)):
@@ -102,11 +105,11 @@ class TextTransformer(nn.Module):
         self.projection = None
         if projection_channels is not None:
             self.projection = nn.Linear(channels, projection_channels, bias=False)
-        self._initialise()
+        self._initialise(embedding_std)
 
-    def _initialise(self) -> None:
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+    def _initialise(self, embedding_std: float) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=embedding_std)
+        nn.init.normal_(self.position_embedding.weight, std=embedding_std / 2)
         for block in self.blocks:
             block.initialise(len(self.blocks))
         if self.projection is not None:

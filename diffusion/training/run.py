@@ -61,7 +61,7 @@ def train(cfg: Any) -> Path:
     callbacks = build_callbacks(config, facts, data)
     if not fast_dev_run:
         save_config(config, run_dir)
-    trainer = build_trainer(config, run_dir, task, callbacks, None if fast_dev_run else resumed_step)
+    trainer = build_trainer(config, run_dir, callbacks, None if fast_dev_run else resumed_step)
     fit(trainer, task, data, checkpoint)
     model = run_dir / "model.safetensors"
     if not fast_dev_run and trainer.is_global_zero:
@@ -170,6 +170,12 @@ def build_task(config: Mapping[str, Any]) -> LightningModule:
     """
     settings = {key: value for key, value in config["task"].items() if key not in NOT_ARGUMENTS}
     wanted = inspect.signature(locate(settings["_target_"])).parameters
+    if foreign := sorted(key for key in settings if key not in wanted and not key.startswith("_")):
+        kind = settings["_target_"].rpartition(".")[2]
+        raise ValueError(
+            f"{kind} takes no task.{', task.'.join(foreign)}: the recipe is one for another task; choose another one "
+            "with experiment=NAME (experiment=autoencoder is a plain one for autoencoders)"
+        )
     parts = {}
     for name in wanted:
         if name in config and name not in settings:
@@ -220,20 +226,10 @@ def build_callbacks(config: Mapping[str, Any], facts: Mapping[str, Any], data: L
 
 
 def build_trainer(
-    config: Mapping[str, Any],
-    run_dir: Path,
-    task: LightningModule,
-    callbacks: list[Callback],
-    resumed_step: int | None,
+    config: Mapping[str, Any], run_dir: Path, callbacks: list[Callback], resumed_step: int | None
 ) -> Trainer:
-    """Build Lightning's trainer with our loggers, writing checkpoints atomically into `run_dir`.
-
-    Trainer settings that a task lists in `own_settings` become its attributes: Lightning refuses clipping and
-    accumulation where a task optimises by hand.
-    """
+    """Build Lightning's trainer with our loggers, writing checkpoints atomically into `run_dir`."""
     settings = dict(config["trainer"])
-    for name in getattr(task, "own_settings", ()):
-        setattr(task, name, settings.pop(name, None))
     loggers: list[Any] | bool = False
     if not settings.get("fast_dev_run"):
         extra = [build(node) for node in (config.get("logger") or {}).values()]
