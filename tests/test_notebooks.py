@@ -15,8 +15,9 @@ def pictures(book: nbformat.NotebookNode) -> list[str]:
     return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
 
 
-def test_both_notebooks_are_here():
-    assert [path.stem for path in NOTEBOOKS] == ["01_forward_process", "02_ddpm_and_ddim"]
+def test_all_notebooks_are_here():
+    expected = ["01_forward_process", "02_ddpm_and_ddim", "03_autoencoder_and_latents"]
+    assert [path.stem for path in NOTEBOOKS] == expected
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -173,6 +173,9 @@ class SpatialAutoencoder(Autoencoder):
     tanh: end the decoder in tanh, which bounds the image to [-1, 1]; no published autoencoder does.
     checkpointing: recompute blocks in the backward pass instead of storing their activations; settable later.
 
+    `encode` and `decode` take `tile` and `overlap` in latent pixels (64 and 8 suit Stable Diffusion's) for images
+    larger than memory, see tiling.py, and `slices` to code one image at a time. Tiles are for inference.
+
     Unlike the original, the last convolution of every residual branch starts at zero (`ResidualBlock`), so training
     from scratch starts from a plain chain of convolutions; loaded weights are not affected.
     """
