@@ -71,9 +71,9 @@ class TextTransformer(nn.Module):
     """Token ids (B, L) -> the hidden states after every layer.
 
     The defaults are OpenAI's (ViT-B/32); `causal=False` lets every token look both ways. `projection_channels` adds the
-    linear map, without bias, that takes the pooled state to the space shared with images. `embedding_std` is that of the
-    initial token embeddings, twice the positions': larger ones leave more of each word in its own hidden state, which
-    small models trained from scratch need to compose words that they have not seen together.
+    linear map, without bias, that takes the pooled state to the space shared with images. `embedding_std` is that of
+    the initial token embeddings, twice the positions': larger ones leave more of each word in its own hidden state,
+    which small models trained from scratch need to compose words that they have not seen together.
     """
 
     def __init__(
