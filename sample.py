@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from diffusion.checkpoint import load_model
-    from diffusion.generate import sample_to_folder
+    from diffusion.sample_folder import sample_to_folder
 
     config = OmegaConf.to_container(cfg, resolve=True)
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
