@@ -12,6 +12,7 @@ from tiny import DIFFUSION, NET, facts, run, save_tiny
 from torch import nn
 
 import diffusion.checkpoint
+import diffusion.model_file
 from diffusion.checkpoint import load_model, read_header, save_model
 
 
@@ -248,7 +249,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(good, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = good.read_bytes()
-    monkeypatch.setattr(diffusion.checkpoint, "save_file", full)
+    monkeypatch.setattr(diffusion.model_file, "save_file", full)
     with pytest.raises(
         OSError, match=r"cannot write .*: No space left on device; the file that was there is untouched"
     ):
