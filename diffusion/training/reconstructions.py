@@ -4,25 +4,24 @@ Beside the reconstructions: what the channels of the latents look like, or what 
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.autoencoder_losses import kl_to_standard_normal
 from diffusion.data.base import ImageData
-from diffusion.images import grid, save_png, to_uint8
+from diffusion.images import grid, to_uint8
 from diffusion.latents import encode_moments
-from diffusion.training.samples import log_picture
+from diffusion.training.pictures import Pictures, show
 
 SPREAD = 3.0  # standard deviations of the prior that a traversal goes to each side
 
 
-class Reconstructions(Callback):
+class Reconstructions(Pictures):
     """Draw pictures every `every_n_steps` optimizer steps and at the last one, of raw weights and the first average.
 
     run_dir/samples/step=0001000_ema.png: `num_images` pairs of a validation image and its reconstruction from the mode,
@@ -42,28 +41,11 @@ class Reconstructions(Callback):
         rows: int = 10,
         latents: bool = True,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("num_images", num_images),
-            ("columns", columns),
-            ("rows", rows),
-        ):
-            if value < 1:
-                raise ValueError(f"callbacks.reconstructions.{name} must be at least 1, got {value}")
-        self.data, self.every_n_steps, self.num_images = data, every_n_steps, num_images
+        super().__init__(
+            "reconstructions", every_n_steps=every_n_steps, num_images=num_images, columns=columns, rows=rows
+        )
+        self.data, self.num_images = data, num_images
         self.columns, self.rows, self.latents = columns, rows, latents
-        self._last_step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and trainer.is_global_zero:
-            self.draw(trainer, pl_module)
 
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw, write and log the pictures of the raw weights and of the first average."""
@@ -74,16 +56,10 @@ class Reconstructions(Callback):
             for suffix, weights in task.weights():
                 if suffix in ("", "_ema"):
                     with weights, torch.no_grad(), trainer.precision_plugin.forward_context():
-                        self._write(trainer, suffix or "_raw", dict(self.pictures(autoencoder, images)))
+                        for name, picture in self.pictures(autoencoder, images):
+                            show(trainer, f"{name}{suffix or '_raw'}".removeprefix("_"), picture)
         finally:
             autoencoder.train(training)
-
-    def _write(self, trainer: Trainer, suffix: str, pictures: dict[str, Image.Image]) -> None:
-        for name, picture in pictures.items():
-            if not trainer.fast_dev_run:
-                path = Path(trainer.default_root_dir) / "samples" / f"step={trainer.global_step:07d}{name}{suffix}.png"
-                save_png(picture, path)
-            log_picture(trainer, f"samples/{name}{suffix}".replace("/_", "/"), picture)
 
     def images(self) -> Tensor:
         """Return the first validation images (N, C, H, W), the same each time."""

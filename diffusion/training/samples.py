@@ -5,26 +5,24 @@ Everything drawn has its own generator and the network is only read, so the trai
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 
 from diffusion.data.base import ImageData
 from diffusion.generate import NonFiniteSamples, batches, classes_of, guidance_for, sampler_for
-from diffusion.images import grid, save_png, to_uint8
+from diffusion.images import grid, to_uint8
 from diffusion.sampling import Sampler
 from diffusion.training.ema import EMA
+from diffusion.training.pictures import Pictures, show
 
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "16-true": torch.float16}
 
 
-class SampleGrid(Callback):
+class SampleGrid(Pictures):
     """Draw a picture every `every_n_steps` optimizer steps and at the last one: a row a condition, a column a seed.
 
     `data` gives the shape (C, H, W), and the first samples of its validation set give the conditions of models that
@@ -47,49 +45,31 @@ class SampleGrid(Callback):
         batch_size: int = 128,
         seed: int = 0,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("rows", rows),
-            ("columns", columns),
-            ("batch_size", batch_size),
-        ):
-            if value < 1:
-                raise ValueError(f"callbacks.samples.{name} must be at least 1, got {value}")
+        super().__init__("samples", every_n_steps=every_n_steps, rows=rows, columns=columns, batch_size=batch_size)
         self.sampler, self.guidance, self.data = sampler, guidance, data
-        self.every_n_steps, self.classes, self.prompts, self.seed = every_n_steps, classes, prompts, seed
+        self.classes, self.prompts, self.seed = classes, prompts, seed
         self.rows, self.columns, self.batch_size = rows, columns, batch_size
-        self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+        """Fit the guidance to the task, and raise ValueError for a sampler that this schedule or space cannot have."""
+        super().on_train_start(trainer, pl_module)
         self.sampler.timesteps(pl_module.diffusion.schedule)  # a grid that does not fit fails now, not in an hour
         sampler_for(self.sampler, latents=pl_module.autoencoder is not None)
         conditional = pl_module.net.num_classes is not None or pl_module.conditioner is not None
         settings = {"conditional": conditional, "condition_drop": pl_module.condition_drop}
         self.guidance = guidance_for(self.guidance, **settings)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and trainer.is_global_zero:
-            self.draw(trainer, pl_module)
-
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw, write and log one picture of the raw weights and one of the first average."""
-        step, training = trainer.global_step, task.model.training
+        training = task.model.training
         task.model.eval()
         try:
             for name, weights in self._weights(trainer, task):
                 with weights:
                     images, captions = self._images(trainer, task)
-                picture = grid(images, self.columns, captions=captions)
-                if not trainer.fast_dev_run:
-                    save_png(picture, Path(trainer.default_root_dir) / "samples" / f"step={step:07d}_{name}.png")
-                log_picture(trainer, f"samples/{name}", picture)
+                show(trainer, name, grid(images, self.columns, captions=captions))
         except NonFiniteSamples as error:  # training may still get there
-            rank_zero_warn(f"no sample picture at step {step}: {error}")
+            rank_zero_warn(f"no sample picture at step {trainer.global_step}: {error}")
         finally:
             task.model.train(training)
 
@@ -151,12 +131,3 @@ class SampleGrid(Callback):
             return list(self.classes)
         count = min(self.rows, num_classes)
         return [i * num_classes // count for i in range(count)]
-
-
-def log_picture(trainer: Trainer, name: str, picture: Image.Image) -> None:
-    """Hand a picture to the loggers that show pictures."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
-        elif isinstance(logger, WandbLogger):
-            logger.log_image(name, [picture], step=trainer.global_step)

@@ -1,0 +1,53 @@
+"""When are pictures drawn during training, and where do they go?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
+
+from diffusion.images import save_png
+
+
+class Pictures(Callback):
+    """Call `draw` every `every_n_steps` optimizer steps and at the last one, on the first process only.
+
+    `numbers` are the settings that must be at least 1, for the error; `name` is the callback's in the config.
+    """
+
+    def __init__(self, name: str, *, every_n_steps: int, **numbers: int) -> None:
+        for key, value in {"every_n_steps": every_n_steps, **numbers}.items():
+            if value < 1:
+                raise ValueError(f"callbacks.{name}.{key} must be at least 1, got {value}")
+        self.every_n_steps = every_n_steps
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count where the run begins or goes on."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Draw when this batch completed a step that is due; with accumulation several batches share a step."""
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and trainer.is_global_zero:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, task: LightningModule) -> None:
+        """Draw and `show` what the model makes of its weights now."""
+        raise NotImplementedError
+
+
+def show(trainer: Trainer, name: str, picture: Image.Image) -> None:
+    """Write run_dir/samples/step=0001000_{name}.png, and hand the picture to the loggers that show pictures."""
+    if not trainer.fast_dev_run:
+        save_png(picture, Path(trainer.default_root_dir) / "samples" / f"step={trainer.global_step:07d}_{name}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(f"samples/{name}", np.asarray(picture), trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(f"samples/{name}", [picture], step=trainer.global_step)
