@@ -9,8 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+
+from diffusion.cli import CONFIGS
+from diffusion.training import run
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -36,6 +43,20 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int, 
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """Return what train.py composes from these words."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+
+
+def trained(config: dict[str, Any], callback: Callback) -> None:
+    """Train as train.py does, with this callback and the config's, and leave no model."""
+    task, data = run.build_task(config), run.build(config["data"])
+    data = run.with_cache(data, task, config)
+    callbacks = [*run.build_callbacks(config, {}, data), callback]
+    run.fit(run.build_trainer(config, run.Path(config["run_dir"]), callbacks, None), task, data, None)
 
 
 def report(title: str, rows: Mapping[str, str]) -> None:

@@ -11,16 +11,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from harness import report
-from hydra import compose, initialize_config_dir
+from harness import composed, report, trained
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import OmegaConf
 from torch import nn
 
-from diffusion.cli import CONFIGS
 from diffusion.training import run
 from diffusion.training.denoiser import DenoiserTask
 
@@ -55,15 +52,15 @@ def bare_loop(task: DenoiserTask, data: run.LightningDataModule, clip: float, de
 
 
 class TakeTurns(Callback):
-    """After every chunk of our steps, run and time as many of the other loop."""
+    """After every chunk of our steps, run and time as many of the bare loop."""
 
-    def __init__(self, other: Callable[[], None]) -> None:
-        self.other = other
+    def __init__(self, clip: float, decay: float) -> None:
+        self.clip, self.decay = clip, decay
         self.ours: list[float] = []
         self.theirs: list[float] = []
-        self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bare = bare_loop(pl_module, trainer.datamodule, self.clip, self.decay)
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
@@ -71,7 +68,7 @@ class TakeTurns(Callback):
             return
         middle = time.perf_counter()
         for _ in range(CHUNK):
-            self.other()
+            next(self._bare)
         end = time.perf_counter()
         self.ours.append((middle - self._since) / CHUNK)
         self.theirs.append((end - middle) / CHUNK)
@@ -79,19 +76,13 @@ class TakeTurns(Callback):
 
 
 def main(chunks: int = 40) -> None:
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with tempfile.TemporaryDirectory() as folder:
         rest = "callbacks.samples=null callbacks.checkpoints=null trainer.limit_val_batches=0 trainer.accelerator=cpu"
-        cfg = compose("train", [f"run_dir={folder}", f"trainer.max_steps={chunks * CHUNK}", *rest.split()])
-        config = OmegaConf.to_container(cfg, resolve=True)
+        config = composed(f"run_dir={folder}", f"trainer.max_steps={chunks * CHUNK}", *rest.split())
         run.quieten_lightning()
         torch.set_num_threads(config["threads"] or torch.get_num_threads())
-        task, data = run.build_task(config), run.build(config["data"])
-        data.setup("fit")
-        bare = bare_loop(task, data, config["trainer"]["gradient_clip_val"], config["ema"]["decays"][0])
-        turns = TakeTurns(lambda: next(bare))
-        callbacks = [*run.build_callbacks(config, {}, data), turns]
-        trainer = run.build_trainer(config, run.Path(folder), callbacks, None)
-        run.fit(trainer, task, data, None)
+        turns = TakeTurns(config["trainer"]["gradient_clip_val"], config["ema"]["decays"][0])
+        trained(config, turns)
     ours, theirs = (statistics.median(times[2:]) for times in (turns.ours, turns.theirs))  # the first ones warm up
     ratio = statistics.median(a / b for a, b in zip(turns.ours[2:], turns.theirs[2:], strict=True))
     rows = {
@@ -99,7 +90,7 @@ def main(chunks: int = 40) -> None:
         "bare loop": f"{theirs * 1e3:.2f} ms a step",
         "ours / bare": f"{ratio:.3f} (target 1.05)",
     }
-    report(f"Training loop, digits, batch {data.batch_size}, {chunks} x {CHUNK} steps in turn", rows)
+    report(f"Training loop, digits, batch {config['data']['batch_size']}, {chunks} x {CHUNK} steps in turn", rows)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,17 @@ def read_words(arguments: list[str], settings: dict[str, Any]) -> dict[str, Any]
     return read
 
 
+def run_words(main: Callable[[list[str]], None], description: str) -> None:
+    """Run the `main` of such a command: --help prints the description, and the user's mistakes are one clear error."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(description)
+        return
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        stop(str(error))
+
+
 def stop(message: str, *, traceback_hint: bool = False) -> NoReturn:
     """End the program with one clear error on stderr."""
     hint = " [DIFFUSION_TRACEBACK=1 shows where]" if traceback_hint else ""

@@ -77,3 +77,14 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: str = "")
     error = (ours.double() - theirs.double()).abs().max().item()
     bound = tolerance * max(1.0, theirs.double().abs().max().item())
     assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+def assert_bijection(table, weights: dict) -> None:
+    """Assert that a table of names takes weights to ours and back with not a bit changed."""
+    ours = table.to_ours(weights)
+    theirs = table.to_foreign(ours)
+    assert theirs.keys() == weights.keys()
+    assert all(torch.equal(theirs[key], weights[key]) for key in weights)
+    again = table.to_ours(theirs)
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[key], ours[key]) for key in ours)

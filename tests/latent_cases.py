@@ -10,6 +10,15 @@ from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.conv_vae import ConvVAE
 
 STAGES = [{"depth": 1}, {"depth": 1}]
+NODE = {  # of a config: an autoencoder of grey images
+    "_target_": "diffusion.models.autoencoder.AutoencoderKL",
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 2,
+    "channels": 8,
+    "norm_groups": 4,
+    "stages": STAGES,
+}
 
 
 def autoencoder(kind=AutoencoderKL, *, seed: int = 0, in_channels: int = 3, **settings) -> nn.Module:

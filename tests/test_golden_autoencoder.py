@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_cases import GOLDEN, Case, assert_close, key_configs, key_list, key_lists, load, names
+from golden_cases import GOLDEN, Case, assert_bijection, assert_close, key_configs, key_list, key_lists, load, names
 
 from diffusion.autoencoder_losses import kl_to_standard_normal
 from diffusion.models.vq import VQAutoencoder
@@ -117,16 +117,6 @@ def test_quantisation_and_decoding_are_the_peers(name):
     assert_close(whole.reconstruction, out["decode"], OUTPUT, "forward")
     assert_close(net.decode_indices(out["indices"]), out["decode"], OUTPUT, "decode_indices")
     assert whole.moments is None and torch.equal(whole.indices, out["indices"])
-
-
-def assert_bijection(table, weights: dict) -> None:
-    ours = table.to_ours(weights)
-    theirs = table.to_foreign(ours)
-    assert theirs.keys() == weights.keys()
-    assert all(torch.equal(theirs[key], weights[key]) for key in weights)
-    again = table.to_ours(theirs)
-    assert again.keys() == ours.keys()
-    assert all(torch.equal(again[key], ours[key]) for key in ours)
 
 
 @pytest.mark.parametrize("name", CASES)

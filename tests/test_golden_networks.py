@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import Case, assert_close, key_configs, key_list, key_lists, load, names
+from golden_cases import Case, assert_bijection, assert_close, key_configs, key_list, key_lists, load, names
 from torch import nn
 
 from diffusion.models.attention import Attention, FeedForward, SelfAttention, SpatialTransformer
@@ -72,14 +72,7 @@ def test_unet_table_is_a_bijection_bit_for_bit(name):
     case = load(name)
     module, facts = layout(case)
     weights = case.group("weights")
-    table = module.unet_table(case.config, **facts)
-    ours = table.to_ours(weights)
-    theirs = table.to_foreign(ours)
-    assert theirs.keys() == weights.keys()
-    assert all(torch.equal(theirs[key], weights[key]) for key in weights)
-    again = table.to_ours(theirs)
-    assert again.keys() == ours.keys()
-    assert all(torch.equal(again[key], ours[key]) for key in ours)
+    assert_bijection(module.unet_table(case.config, **facts), weights)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

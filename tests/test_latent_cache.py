@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from latent_cases import STAGES, Mirrored, assert_same_batches, autoencoder
+from latent_cases import NODE, Mirrored, assert_same_batches, autoencoder
 from PIL import Image
 from torch import nn
 from training_cases import tiny
@@ -29,16 +29,6 @@ from diffusion.models.conv_vae import ConvVAE
 from diffusion.models.vq import VQAutoencoder
 from diffusion.training.metrics import read_rows
 from diffusion.training.run import train
-
-SETTINGS = {
-    "_target_": "diffusion.models.autoencoder.AutoencoderKL",
-    "in_channels": 1,
-    "out_channels": 1,
-    "latent_channels": 2,
-    "channels": 8,
-    "norm_groups": 4,
-    "stages": STAGES,
-}
 
 # -- the same training data --------------------------------------------------------------------------------------------
 
@@ -135,7 +125,7 @@ def test_samples_that_are_fewer_than_the_images_cannot_stand_for_them(tmp_path):
 
 def saved(path: Path, model: nn.Module, **settings) -> Path:
     about = {"shape": [1, 8, 8], "num_classes": None, "class_names": None, "condition_drop": 0.0}
-    save_model(path, model, {"autoencoder": {**SETTINGS, **settings}}, weights="raw", step=1, facts=about)
+    save_model(path, model, {"autoencoder": {**NODE, **settings}}, weights="raw", step=1, facts=about)
     return path
 
 

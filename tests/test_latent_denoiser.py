@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latent_cases import NODE
 from safetensors import safe_open
 from tiny import DIFFUSION, facts, run
 from training_cases import assert_same_outcome, tiny
@@ -18,17 +19,7 @@ from diffusion.images import read_text
 from diffusion.sampling import Sampler
 from diffusion.training.run import train
 
-AUTOENCODER = {
-    "_target_": "diffusion.models.autoencoder.AutoencoderKL",
-    "in_channels": 1,
-    "out_channels": 1,
-    "latent_channels": 2,
-    "channels": 8,
-    "norm_groups": 4,
-    "stages": [{"depth": 1}, {"depth": 1}],
-    "scale_factor": 0.7,
-    "shift": 0.1,
-}
+AUTOENCODER = {**NODE, "scale_factor": 0.7, "shift": 0.1}
 NET = {
     "_target_": "diffusion.models.unet.UNet",
     "in_channels": 2,

@@ -7,13 +7,12 @@ The judge is a support vector machine on the 64 raw pixels, trained on the first
 names 96 % of the 597 others. Further settings: see SETTINGS.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from diffusion.cli import read_words, stop
+from diffusion.cli import read_words, run_words
 
 SETTINGS = {
     "checkpoint": None,  # a class-conditional model of the digits, in pixels or in latents
@@ -78,6 +77,7 @@ def draw_samples(settings: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Sample as the `name=value` words say, and print the share of samples whose class the judge names."""
     settings = read_words(arguments, SETTINGS)
     if settings["checkpoint"] is None:
         raise ValueError("give the model to judge: checkpoint=FILE")
@@ -88,10 +88,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        try:
-            main(sys.argv[1:])
-        except (ValueError, OSError) as error:
-            stop(str(error))
+    run_words(main, __doc__)

@@ -8,7 +8,6 @@ samples are those of the 200. Further settings: see SETTINGS.
 """
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.cli import read_words, stop
+from diffusion.cli import read_words, run_words
 from diffusion.data.shapes import BACKGROUNDS, COLOURS, HELD_OUT, SEEN, SHAPES, SIZES
 from diffusion.images import to_uint8
 from diffusion.randomness import generator
@@ -335,6 +334,7 @@ def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Judge samples, drawn or given, as the `name=value` words say, and print the report."""
     settings = read_settings(arguments)
     captions = evaluation_captions(settings["seed"], settings["count"], settings["held_out"])
     if settings["captions"] is not None:
@@ -352,10 +352,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        try:
-            main(sys.argv[1:])
-        except (ValueError, OSError) as error:
-            stop(str(error))
+    run_words(main, __doc__)
