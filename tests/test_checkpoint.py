@@ -130,7 +130,8 @@ def test_compiled_networks_are_saved_under_their_clean_names(tmp_path):
     net._orig_mod = random_net(settings)
     path = tmp_path / "model.safetensors"
     save_model(path, net, settings, weights="raw", step=0, facts=facts())
-    load_model(path)
+    loaded = load_model(path).net.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in net._orig_mod.state_dict().items())
 
 
 @pytest.mark.parametrize(

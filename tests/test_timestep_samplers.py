@@ -145,8 +145,11 @@ def test_losses_with_a_gradient_are_noted_without_it():
 
 
 @pytest.mark.parametrize("make", [UniformTimesteps, StratifiedTimesteps])
-def test_update_is_free_to_call_on_any_sampler(make):
-    make(5).update(torch.tensor([0]), torch.tensor([1.0]))
+def test_losses_change_nothing_for_other_samplers(make):
+    told, untold = make(5), make(5)
+    told.update(torch.tensor([0, 1]), torch.tensor([1.0, 1e6]))
+    drawn = (sampler(8, torch.Generator().manual_seed(0)) for sampler in (told, untold))
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
 
 
 @pytest.mark.parametrize("kwargs", [{"history_per_timestep": 0}, {"uniform_fraction": -0.1}, {"uniform_fraction": 1.1}])
