@@ -15,6 +15,7 @@ class UniformTimesteps(nn.Module):
         self.num_train_timesteps = num_train_timesteps
 
     def forward(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return timesteps (B,) int64 and the weights (B,) that keep the mean of their losses unbiased."""
         device = generator.device
         t = torch.randint(self.num_train_timesteps, (batch_size,), generator=generator, device=device)
         return t, torch.ones(batch_size, device=device)
@@ -27,6 +28,7 @@ class StratifiedTimesteps(UniformTimesteps):
     """One t from each of B equal parts of the chain, in random order: still uniform, with less variance (VDM, I.1)."""
 
     def forward(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `UniformTimesteps`."""
         device = generator.device
         part = torch.randperm(batch_size, generator=generator, device=device)
         within = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64)
@@ -62,6 +64,7 @@ class ImportanceTimesteps(UniformTimesteps):
         return torch.lerp(p / p.sum(), uniform, self.uniform_fraction)
 
     def forward(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `UniformTimesteps`."""
         p = self.probabilities().to(generator.device)
         t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
         return t, (1 / (self.num_train_timesteps * p[t])).float()

@@ -67,6 +67,7 @@ class FolderImages(ImageSet):
         return len(self.entries)
 
     def load(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Read images (B, C, H, W) uint8 with what is known of them; one that cannot be read gives way to the next."""
         images, kept = zip(*map(self._readable, indices), strict=True)
         batch: dict[str, Any] = {"image": torch.stack(images)}
         if self.labels is not None:
@@ -186,6 +187,7 @@ class ImageFolder(ImageData):
                 unreadable(root, [entry.name for entry in entries(root)])
 
     def setup(self, stage: str | None = None) -> None:
+        """Split the files, or take `val_root`'s to validate. Raises ValueError where a side is left without images."""
         if self.train_set is not None:
             return
         found = self._without_unreadable(self.root, self._entries)

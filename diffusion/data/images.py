@@ -59,6 +59,7 @@ class ImageSet(KeyedSet):
         """Return "image" (B, C, H, W) integers 0..`levels` and, where there are any, "label" (B,) and "caption"."""
 
     def samples(self, indices: Sequence[int], mirrored: Tensor | None = None) -> dict[str, Any]:
+        """Return what `load` gives with "image" in [-1, 1], mirrored where `mirrored` (B,) says so."""
         batch = self.load(indices)
         image = batch["image"].float().div_(self.levels / 2).sub_(1)
         if mirrored is not None:
@@ -107,8 +108,10 @@ class TensorImages(ImageSet):
         return len(self.images)
 
     def load(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Pick images and labels."""
         chosen = torch.as_tensor(indices)
         return {"image": self.images[chosen], "label": self.labels[chosen]}
 
     def content(self) -> str:
+        """Hash every image and label."""
         return digest([self.images, self.labels])

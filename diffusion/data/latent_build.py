@@ -259,6 +259,7 @@ class EncodingBar:
         self._bar.stop()
 
     def advance(self, number: int) -> None:
+        """Count `number` images more; without a terminal, print a line now and then."""
         self.done += number
         now = time.monotonic()
         a_second = (self.done - self._first) / max(now - self._started, 1e-9)
@@ -274,6 +275,7 @@ class EncodingBar:
 
 
 def exists(path: Path) -> bool:
+    """Say whether this is a file; a path that cannot be asked is none."""
     try:
         return path.is_file()
     except OSError:  # a path under a file, a folder that may not be entered

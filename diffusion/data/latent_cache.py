@@ -40,6 +40,7 @@ class LatentSet(KeyedSet):
         return len(self.table)
 
     def samples(self, indices: Sequence[int], mirrored: Tensor | None = None) -> dict[str, Any]:
+        """Return "moments" (B, 2C, h, w) float32, of mirrored images where `mirrored` (B,) says so, and the rest."""
         rows = np.asarray(indices)
         side = 0 if mirrored is None else mirrored.numpy().astype(np.int64)
         batch: dict[str, Any] = {}

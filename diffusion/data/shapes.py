@@ -174,6 +174,7 @@ class ShapeImages(ImageSet):
         return scene(self.seed, self.split, index)
 
     def load(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Draw images (B, 3, H, W) uint8 with their labels and captions."""
         images, labels, captions = zip(*map(self._sample, indices), strict=True)
         return {"image": torch.from_numpy(np.stack(images)), "label": torch.tensor(labels), "caption": list(captions)}
 
@@ -243,5 +244,6 @@ class Shapes(ImageData):
         return ShapeImages(num_samples, self.image_size, split=split, label=self.label, seed=self.seed)
 
     def setup(self, stage: str | None = None) -> None:
+        """Make both sets; nothing is drawn yet."""
         self.train_set = self.dataset("train", self.num_train)
         self.val_set = self.dataset("validation", self.num_val)

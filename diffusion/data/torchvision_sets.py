@@ -75,6 +75,7 @@ class TorchvisionData(ImageData):
                 self._open(train=train, download=True)
 
     def setup(self, stage: str | None = None) -> None:
+        """Read the set's own training and test images."""
         if self.train_set is not None:
             return
         images, labels = self._load(train=True)

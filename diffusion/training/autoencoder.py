@@ -67,11 +67,13 @@ class AutoencoderTask(Task):
 
     @property
     def net(self) -> nn.Module:
+        """What is exported and averaged: the autoencoder."""
         return self.autoencoder
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Take the loss of one batch, and the discriminator's beside it; see `JointOptimizer` for who learns what."""
         key = (self.batches_seen, self.global_rank)
         seed_dropout(fold(self.seed, "dropout", *key), self.device)
         x = batch["image"]
@@ -132,6 +134,7 @@ class AutoencoderTask(Task):
         }
 
     def on_train_start(self) -> None:
+        """Warn of a discriminator that would never start."""
         if self.discriminator is None:
             return
         start, steps = self.loss.adversarial.start, self.trainer.estimated_stepping_batches
@@ -142,11 +145,13 @@ class AutoencoderTask(Task):
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the discriminator as it is until it starts: without gradients an optimizer passes its weights by."""
         if self.discriminator is not None and not self._adversary_begun:
             for parameter in self.discriminator.parameters():
                 parameter.grad = None
 
     def configure_optimizers(self) -> Any:
+        """Build the autoencoder's optimizer, joined with the discriminator's where there is one, and their schedule."""
         optimizer = self.optimizer_partial(trainable(self.autoencoder, self.loss))
         if self.discriminator is not None:
             optimizer = JointOptimizer([optimizer, self.discriminator_optimizer_partial(trainable(self.discriminator))])
@@ -182,6 +187,7 @@ class AutoencoderTask(Task):
     # -- validation ----------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        """Begin the statistics of the latents anew."""
         self._latents = LatentStatistics()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -202,6 +208,7 @@ class AutoencoderTask(Task):
                 self.log(f"val/{metric}{name}", value, batch_size=len(x), logger=False, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
+        """Log mean and standard deviation of each latent channel."""
         for what, values in (("mean", self._latents.mean), ("std", self._latents.std)):
             for channel, value in enumerate(values.tolist()):
                 self.log(f"val/latent_{what}_{channel:02d}", value, logger=False, sync_dist=True)

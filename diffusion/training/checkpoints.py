@@ -40,6 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints so that a kill or a full disk leaves the previous file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside the file, then rename."""
         with atomic_write(path) as partial:
             torch.save(checkpoint, partial)
 
@@ -73,6 +74,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals that end a run."""
         self._last_step = trainer.global_step
         self.signal = None
         if threading.current_thread() is threading.main_thread():
@@ -88,16 +90,19 @@ class Checkpoints(Checkpoint):
         print(f"{name}: stopping after this step with a checkpoint (once more stops at once)", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        """Save where a step is complete and due, unless validation is about to add its metrics."""
         self._at_step = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if self._at_step and not validation_follows(trainer):
             self._save_if_due(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited for the validation of this step."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._at_step:
             self._save_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
         if self._at_step and self._saved_step != trainer.global_step:
             self.save(trainer, pl_module)
 

@@ -81,10 +81,12 @@ class DenoiserTask(Task):
 
     @property
     def autoencoder(self) -> nn.Module | None:
+        """What makes latents of images, frozen; None for a model of pixels."""
         return self._beside["autoencoder"]
 
     @property
     def conditioner(self) -> nn.Module | None:
+        """What turns conditions into the network's inputs, frozen or trained; None for none."""
         return self._beside["conditioner"]
 
     @property
@@ -95,11 +97,13 @@ class DenoiserTask(Task):
         return nn.ModuleDict({"net": self.net, "conditioner": self.trained_conditioner})
 
     def on_fit_start(self) -> None:
+        """Move the frozen parts, which Lightning does not see, to the device."""
         for module in self._beside.values():
             if module is not None and module is not self.trained_conditioner:
                 module.to(self.device).eval()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Take the loss of one batch at random timesteps; its numbers depend on seed, batch number and rank alone."""
         key = (self.batches_seen, self.global_rank)
         # The one place where training sets a global seed: dropout, inside the network, knows no other generator.
         seed_dropout(fold(self.seed, "dropout", *key), self.device)
@@ -168,6 +172,7 @@ class DenoiserTask(Task):
             self.log(f"val/loss{name}", loss, batch_size=len(x0), logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
+        """Build the optimizer of the network and of what trains with it, and their schedule."""
         optimizer = self.optimizer_partial([p for p in self.model.parameters() if p.requires_grad])
         return self.with_schedule(optimizer, self.lr_scheduler_partial)
 

@@ -125,15 +125,18 @@ class EMA(Callback):
         return self.averages[wanted]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the averages at the weights that training begins with, unless they were restored."""
         self.start(pl_module.model)
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        """Follow each optimizer step."""
         if trainer.global_step != self._last_step:  # not after the micro-batches of an accumulated step
             self._last_step = trainer.global_step
             self.update()
 
     def state_dict(self) -> dict:
+        """Return the averages by the names that they have in checkpoints."""
         averages = {average_name(decay): average for decay, average in self.averages.items()}
         return {"num_updates": self.num_updates, "averages": averages}
 
@@ -157,6 +160,7 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 def check_names(average: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError for averages of other parameters than these."""
     if average.keys() != parameters.keys():
         odd = sorted(average.keys() ^ parameters.keys())
         raise ValueError(

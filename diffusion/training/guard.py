@@ -32,12 +32,14 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], *args: object
     ) -> None:
+        """Check this loss, or on a GPU the one before, whose value has arrived by now."""
         current = (trainer.global_step, outputs["loss"], outputs.get("t"))
         due, self._waiting = (self._waiting, current) if outputs["loss"].is_cuda else (current, None)
         if due is not None:
             check(*due)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the loss that still waits."""
         if self._waiting is not None:
             check(*self._waiting)
 

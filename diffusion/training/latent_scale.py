@@ -139,6 +139,7 @@ def measure_file(
 
 
 def rounded(value: float | list[float]) -> float | list[float]:
+    """Round to five digits, as far as a measurement over images means anything."""
     return [rounded(one) for one in value] if isinstance(value, list) else float(f"{value:.5g}")
 
 
@@ -154,6 +155,7 @@ class MeasureScale(Callback):
         self.data, self.num_images, self.per_channel = data, num_images, per_channel
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # after the last checkpoint
+        """Measure, when the last checkpoint and its model are written."""
         path = Path(trainer.default_root_dir) / "model.safetensors"
         if trainer.fast_dev_run or not trainer.is_global_zero or not path.exists():
             return

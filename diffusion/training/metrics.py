@@ -38,11 +38,13 @@ class TrainingLog(Callback):
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count images and seconds."""
         self._last_step, self._images, self._since = trainer.global_step, 0, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
+        """Record a row every `log_every_n_steps` optimizer steps and at the last one."""
         self._images += len(next(iter(batch.values())))
         step = trainer.global_step
         if step == self._last_step:
@@ -63,6 +65,7 @@ class TrainingLog(Callback):
         return row
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the validation's metrics at the step where it ran."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             self._record(trainer, metrics)
@@ -120,6 +123,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        """Write the row; a new column rewrites the file, all else is appended."""
         if not self._changed:
             return
         new = [column for column in self._row if column not in self._columns]
@@ -133,6 +137,7 @@ class MetricsCSV(Logger):
         self._in_file, self._changed = True, False
 
     def finalize(self, status: str) -> None:
+        """Write what is not written yet."""
         self.save()
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
@@ -150,6 +155,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def as_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    """Format rows with eight digits a number; what a row lacks stays empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
@@ -171,6 +177,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Write and end the run, as failed unless training ended well."""
         super().finalize(status)
         self.experiment.finish(exit_code=0 if status == "success" else 1)
 

@@ -29,6 +29,7 @@ class JointOptimizer(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure once and let every part take its step; return the closure's result."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -38,6 +39,7 @@ class JointOptimizer(Optimizer):
         return result
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the states of the parts."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

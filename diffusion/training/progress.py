@@ -34,6 +34,7 @@ class StepBar(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar on a terminal, at the step where the run goes on."""
         if not self._enabled:
             return
         self._log = next((callback for callback in trainer.callbacks if isinstance(callback, TrainingLog)), None)
@@ -55,6 +56,7 @@ class StepBar(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Move the bar, or print a line now and then."""
         step = trainer.global_step
         if not self._enabled or step == self._shown_step:
             return
@@ -81,9 +83,11 @@ class StepBar(ProgressBar):
         return f"step {step}/{total}  {elapsed} gone  {left} left  {self.metrics()}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal in order when a run fails."""
         self._stop()
 
     def _stop(self) -> None:

@@ -64,9 +64,11 @@ class Task(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of batches seen, which all random numbers of a step are keyed by."""
         checkpoint["batches_seen"] = self.batches_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the random numbers of the batch after the last one."""
         self.batches_seen = checkpoint["batches_seen"]
 
     def check_shape(self, shape: Sequence[int]) -> None:
