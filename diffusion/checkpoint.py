@@ -6,7 +6,7 @@ Loading builds only classes on an allow-list from the config that `model_file.py
 import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from diffusion.files import atomic_write, exists
 from diffusion.model_file import (
+    NODES,
     Header,
     Part,
     clean,
@@ -30,12 +31,14 @@ from diffusion.model_file import (
 __all__ = [
     "BUILDABLE",
     "Header",
+    "LoadedClassifier",
     "LoadedModel",
     "Part",
     "atomic_write",
     "build",
     "git_commit",
     "load_autoencoder",
+    "load_classifier",
     "load_model",
     "locate",
     "package_version",
@@ -59,6 +62,7 @@ BUILDABLE: frozenset[str] = frozenset(
         "diffusion.schedule.zero_terminal_snr",
         "diffusion.models.unet.UNet",
         "diffusion.models.unet.SuperResolutionUNet",
+        "diffusion.models.classifier.Classifier",
         "diffusion.models.autoencoder.AutoencoderKL",
         "diffusion.models.vq.VQAutoencoder",
         "diffusion.models.conv_vae.ConvVAE",
@@ -83,6 +87,39 @@ class LoadedModel(Header):
     conditioner: nn.Module | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedClassifier(Header):
+    """A rebuilt classifier of noisy images, in eval mode on its device; one of latents names their autoencoder.
+
+    `parts["autoencoder"]["sha256"]` is the `weights_hash` of the autoencoder whose latents it judges.
+    """
+
+    net: nn.Module
+    diffusion: Any
+
+
+USES = {  # what a file of each kind is given as
+    "denoiser": "sample.py checkpoint=FILE",
+    "classifier": "guidance=classifier guidance.classifier_checkpoint=FILE",
+    "autoencoder": "autoencoder=trained autoencoder.checkpoint=FILE",
+}
+
+
+def check_kind(header: Header, wanted: str) -> None:
+    """Raise ValueError for a file of another kind than `wanted`, saying what it is for and what is needed."""
+    if header.kind != wanted:
+        found, needed = (f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in (header.kind, wanted))
+        raise ValueError(
+            f"{header.path} holds {found}, but {needed} is needed here. Its own use is "
+            f"{USES[header.kind].replace('FILE', str(header.path))}; {needed} comes from train.py task={wanted}"
+        )
+    for name in NODES[wanted]:
+        if not isinstance(header.config.get(name), dict):
+            raise ValueError(
+                f"the config in {header.path} has no `{name}` node; take a model.safetensors that train.py wrote"
+            )
+
+
 def load_model(
     path: str | Path,
     *,
@@ -98,16 +135,9 @@ def load_model(
     not fit.
     """
     header = read_header(path)
-    if header.kind != "denoiser":
-        raise ValueError(
-            f"{path} holds an autoencoder, which draws nothing by itself; train a denoiser on its latents: "
-            f"train.py experiment=... autoencoder.checkpoint={path}"
-        )
-    for name in ("net", "diffusion"):
-        if not isinstance(header.config.get(name), dict):
-            raise ValueError(f"the config in {path} has no `{name}` node; take a model.safetensors that train.py wrote")
+    check_kind(header, "denoiser")
     allowed = BUILDABLE | set(buildable)
-    nodes = {name: header.config[name] for name in ("net", "diffusion")}
+    nodes = {name: header.config[name] for name in NODES["denoiser"]}
     nodes |= {name: part["config"] for name, part in header.parts.items() if part["bundled"]}
     built = _rebuilt(header, nodes, allowed)
     bundled = {name: built[name] for name in header.parts if name in built}
@@ -115,8 +145,24 @@ def load_model(
     beside = bundled | _unbundled(header, autoencoder, allowed)
     for module in (built["net"], *beside.values()):
         module.to(device).eval()
-    known = {field.name: getattr(header, field.name) for field in fields(Header)}
-    return LoadedModel(net=built["net"], diffusion=built["diffusion"], **beside, **known)
+    return LoadedModel(net=built["net"], diffusion=built["diffusion"], **beside, **vars(header))
+
+
+def load_classifier(
+    path: str | Path, *, device: torch.device | str = "cpu", buildable: Sequence[str] = ()
+) -> LoadedClassifier:
+    """Rebuild a classifier and the process whose noise it knows, strictly; its weights take no gradients.
+
+    Raises ValueError as `load_model`, also for a file that holds a denoiser or an autoencoder.
+    """
+    header = read_header(path)
+    check_kind(header, "classifier")
+    nodes = {name: header.config[name] for name in NODES["classifier"]}
+    built = _rebuilt(header, nodes, BUILDABLE | set(buildable))
+    net = built["classifier"]
+    _load_strictly({"": net}, header)
+    net.to(device).eval().requires_grad_(False)
+    return LoadedClassifier(net=net, diffusion=built["diffusion"], **vars(header))
 
 
 def _unbundled(
@@ -164,13 +210,12 @@ def load_autoencoder(
     Its attribute `origin` is the `Part` that a denoiser's checkpoint names. Raises ValueError as `load_model`.
     """
     header = read_header(checkpoint)
-    if header.kind == "autoencoder":
-        prefix, node = "", header.config.get("autoencoder")
+    part = header.parts.get("autoencoder")
+    if part is not None and part["bundled"]:
+        prefix, node = "autoencoder.", part["config"]
     else:
-        part = header.parts.get("autoencoder", {"bundled": False})
-        prefix, node = "autoencoder.", part["config"] if part["bundled"] else None
-    if not isinstance(node, dict):
-        raise ValueError(f"{checkpoint} holds no autoencoder; take the model.safetensors of an autoencoder's training")
+        check_kind(header, "autoencoder")
+        prefix, node = "", header.config["autoencoder"]
     autoencoder = _rebuilt(header, {"autoencoder": node}, BUILDABLE | set(buildable))["autoencoder"]
     _load_strictly({prefix: autoencoder}, header, others=bool(prefix))
     autoencoder.to(device).eval().requires_grad_(False)

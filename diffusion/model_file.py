@@ -23,14 +23,20 @@ from diffusion.files import atomic_write, exists
 FORMAT = "diffusion-model"
 FORMAT_VERSION = 1
 LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
-PARTS = ("autoencoder", "conditioner")  # what a denoiser may need beside it; their tensors are named PART.NAME
+# What a file may hold, and the config nodes that rebuild it. A denoiser's config may have the others' nodes, too.
+NODES = {
+    "denoiser": ("net", "diffusion"),
+    "classifier": ("classifier", "diffusion"),
+    "autoencoder": ("autoencoder",),
+}
+PARTS = ("autoencoder", "conditioner")  # what a network may need beside it; their tensors are named PART.NAME
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A module that a denoiser needs beside it, and the config node that rebuilds it.
+    """A module that a denoiser or classifier needs beside it, and the config node that rebuilds it.
 
-    `bundled` puts its weights into the denoiser's file; else the file names it by hash, and by `source`, its own file.
+    `bundled` puts its weights into the model's file; else the file names it by hash, and by `source`, its own file.
     """
 
     module: nn.Module
@@ -53,7 +59,7 @@ class Part:
 class Header:
     """What a model file says about itself. `facts` has shape (C, H, W), num_classes, class_names and condition_drop.
 
-    `parts` describes the autoencoder and the conditioner of a denoiser: config, sha256, bundled, source.
+    `parts` describes the autoencoder and the conditioner that it needs: config, sha256, bundled, source.
     """
 
     path: Path
@@ -70,8 +76,13 @@ class Header:
 
     @property
     def kind(self) -> str:
-        """Return "denoiser" or "autoencoder"."""
-        return "denoiser" if self.config.get("net") else "autoencoder"
+        """Return "denoiser", "classifier" or "autoencoder"."""
+        return kind_of(self.config)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Say what a run with this config trains: the first kind of `NODES` whose network the config describes."""
+    return next((kind for kind, nodes in NODES.items() if config.get(nodes[0])), "denoiser")
 
 
 def save_model(
@@ -85,20 +96,20 @@ def save_model(
     ema_decay: float | None = None,
     parts: Mapping[str, Part] | None = None,
 ) -> None:
-    """Write a denoiser or an autoencoder, and all that rebuilds it, to one safetensors file, atomically.
+    """Write a denoiser, classifier or autoencoder, and all that rebuilds it, to one safetensors file, atomically.
 
-    `config` is the resolved config as plain data and must have the nodes `net` and `diffusion`, or `autoencoder` where
-    `net` is one; `weights` says which weights `net` holds now ("ema" or "raw"); `facts` are shape (C, H, W) of the
-    images, num_classes, class_names, condition_drop; `parts` what a denoiser needs beside it, by a name of `PARTS`.
+    `config` is the resolved config as plain data and must have the nodes that `NODES` lists for what `net` is;
+    `weights` says which weights `net` holds now ("ema" or "raw"); `facts` are shape (C, H, W) of the images,
+    num_classes, class_names, condition_drop; `parts` what `net` needs beside it, by a name of `PARTS`.
     """
     parts = dict(parts or {})
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} says nothing; it must be 'ema' or 'raw', whichever the net holds now")
-    denoises = config.get("net") or not config.get("autoencoder")
-    if denoises and (lacking := {name for name in ("net", "diffusion") if not config.get(name)}):
+    nodes = NODES[kind_of(config)]
+    if lacking := [name for name in nodes if not config.get(name)]:
         raise ValueError(
-            f"the config lacks {sorted(lacking)}; a checkpoint is rebuilt from its `net` and `diffusion` nodes, or "
-            "from its `autoencoder` node"
+            f"the config lacks {lacking}; a checkpoint is rebuilt from its nodes `net` and `diffusion`, `classifier` "
+            "and `diffusion`, or `autoencoder`"
         )
     if lacking := {"shape", "num_classes", "class_names", "condition_drop"} - set(facts):
         raise ValueError(f"facts lack {sorted(lacking)}; sampling cannot know them from the weights")

@@ -121,9 +121,9 @@ def test_the_weights_hash_sees_every_value_every_name_and_nothing_else():
 
 
 def test_an_autoencoder_is_refused_where_a_denoiser_is_wanted_and_the_reverse(autoencoder, text_model):
-    with pytest.raises(ValueError, match="holds an autoencoder, which draws nothing"):
+    with pytest.raises(ValueError, match="holds an autoencoder, but a denoiser is needed"):
         load_model(autoencoder)
-    with pytest.raises(ValueError, match="holds no autoencoder"):
+    with pytest.raises(ValueError, match="holds a denoiser, but an autoencoder is needed"):
         load_autoencoder(text_model)
 
 
