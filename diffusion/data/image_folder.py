@@ -26,20 +26,27 @@ TRANSFORM = "upright, on white, shorter side resized by Lanczos, centre cut out"
 
 
 def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
-    """Read as (channels, image_size, image_size) uint8: upright, on white, shorter side resized, centre cut out.
+    """Read as (channels, image_size, image_size) uint8: upright, on white, shorter side resized, centre cut out."""
+    pixels = np.array(squared(flattened(decode(path), channels), image_size)).reshape(image_size, image_size, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    Lanczos with its support widened to the scale (Pillow's own way), so that large photographs do not alias.
-    """
-    image = decode(path)
+
+def flattened(image: Image.Image, channels: int) -> Image.Image:
+    """Make 8 bits a channel of any image, grey for 1 channel and RGB for 3; what is transparent lies on white."""
     if image.mode.startswith("I"):  # 16 bits: Pillow would cut values off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(MODES[channels])
-    image = ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS)
-    pixels = np.array(image).reshape(image_size, image_size, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return image.convert(MODES[channels])
+
+
+def squared(image: Image.Image, image_size: int) -> Image.Image:
+    """Resize the shorter side to `image_size` and cut the centre out; an image of that size stays as it is.
+
+    Lanczos with its support widened to the scale (Pillow's own way), so that large photographs do not alias.
+    """
+    return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS)
 
 
 class FolderImages(ImageSet):
