@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -237,6 +237,30 @@ def sweep_folder(overrides: list[str], folder: str) -> str:
     return ",".join(kept)[:200] or "default"
 
 
+def composed(config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what the overrides make of a primary config, as plain data, for code that is no command of Hydra's.
+
+    References are filled in; a value that only a user can give stays "???".
+    """
+    return plain(_compose(config_name, list(overrides)))
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """Return a composed config as plain data, with its references filled in."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _compose(config_name: str, overrides: list[str]) -> Any:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(config_name, overrides=overrides)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # help
 
@@ -262,7 +286,10 @@ def _defaults(config_name: str) -> dict[str, str | None]:
 
 
 def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    """Return the options of a group, those in folders below it as "folder/name" after the others."""
+    folder = CONFIGS / group
+    found = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(found, key=lambda option: ("/" in option, option))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,14 +383,10 @@ def _first_choice(override: Any) -> str:
 
 def _known_keys(config_name: str, group_overrides: list[str]) -> dict[str, Any] | None:
     """Return every dotted key of the config that these groups compose, or None where they compose nothing."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return dict(_flatten(compose(config_name, overrides=group_overrides)))
+        return dict(_flatten(_compose(config_name, group_overrides)))
     except HydraException:
         return None
 
