@@ -60,6 +60,7 @@ BUILDABLE: frozenset[str] = frozenset(
         "diffusion.schedule.shifted_cosine",
         "diffusion.schedule.shifted",
         "diffusion.schedule.zero_terminal_snr",
+        "diffusion.models.stages.equal_stages",
         "diffusion.models.unet.UNet",
         "diffusion.models.unet.SuperResolutionUNet",
         "diffusion.models.classifier.Classifier",

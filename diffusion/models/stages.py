@@ -77,6 +77,39 @@ class Stage:
         return depth[min(block, len(depth) - 1)] if isinstance(depth, tuple) else depth
 
 
+# The widths of ADM's networks by image size, and below 64 those of its kind.
+CHANNEL_MULTS = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+    28: (1, 2, 2),
+    16: (1, 2, 2),
+    8: (1, 2),
+}
+
+
+def equal_stages(
+    image_size: int, *, channel_mults: Sequence[float] | None = None, depth: int = 2, attention: Sequence[int] = ()
+) -> list[Stage]:
+    """Stages that differ in width and attention only, so that one number says what an ablation changes.
+
+    channel_mults: one a stage; None for those of `CHANNEL_MULTS` at this image size. attention: the stages with
+    self-attention; -1 is the lowest, -2 the one above it; those above the highest count for none.
+    """
+    mults = CHANNEL_MULTS.get(image_size) if channel_mults is None else channel_mults
+    if mults is None:
+        raise ValueError(
+            f"image_size={image_size} has no channel_mults of its own; give them, one a stage, such as "
+            f"net.stages.channel_mults=[1,2,2] (known sizes: {', '.join(map(str, sorted(CHANNEL_MULTS)))})"
+        )
+    if wrong := [number for number in attention if number >= 0]:
+        raise ValueError(f"attention={list(attention)} counts stages from the lowest, -1; {wrong} are not negative")
+    kinds = ["self" if number - len(mults) in attention else "none" for number in range(len(mults))]
+    return [Stage(depth=depth, channel_mult=m, attention=kind) for m, kind in zip(mults, kinds, strict=True)]
+
+
 class Block(nn.Module):
     """A residual block and the attention that follows it, if any."""
 
