@@ -135,10 +135,10 @@ class Classifier(StageNetwork):
             checkpointing=checkpointing,
         )
         choose("pool", pool, POOLS)
-        if num_classes is None or num_classes < 2:
+        if num_classes is None or num_classes < 1:
             raise ValueError(
-                f"a classifier needs num_classes >= 2, got {num_classes}; choose data with classes, or say how many "
-                "there are: data.num_classes=N"
+                f"a classifier needs classes, got num_classes={num_classes}; choose data with labels, or say how many "
+                "classes they have: data.num_classes=N"
             )
         self.num_classes, self.image_size, self.pool = num_classes, image_size, pool
         parsed = tuple(map(Stage.parse, stages))

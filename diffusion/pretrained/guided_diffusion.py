@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diffusion.models.attention import SpatialTransformer
 from diffusion.models.layers import EmbeddingMLP, ResidualBlock
-from diffusion.models.unet import Block, SuperResolutionUNet, UNet
+from diffusion.models.stages import CHANNEL_MULTS, Block, StageNetwork
+from diffusion.models.unet import SuperResolutionUNet, UNet
 from diffusion.pretrained.keymap import CONV1D, CONV2D, Config, KeyMap, Rule, heads_outermost, renamed
 
 DEFAULTS = {
@@ -45,12 +46,6 @@ FLAG_DEFAULTS = {
     "class_cond": False,
     "use_scale_shift_norm": True,
 }
-CHANNEL_MULTS = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-}
 
 RESIDUAL = {
     "norm_in": "in_layers.0",
@@ -78,36 +73,43 @@ def unet_config(config: Mapping[str, Any], *, super_resolution: bool = False) ->
     """Our `UNet` settings for the keyword arguments of guided-diffusion's UNetModel (or SuperResModel)."""
     read = Config("guided-diffusion's UNetModel", config, DEFAULTS, HARMLESS)
     read.only(dims=(2,))
-    resample = "residual" if read["resblock_updown"] else "conv" if read["conv_resample"] else "pool"
-    width = None if read["num_head_channels"] == -1 else read["num_head_channels"]
     upsample_heads = read["num_heads"] if read["num_heads_upsample"] == -1 else read["num_heads_upsample"]
-
-    def stages(num_heads: int) -> list[dict[str, Any]]:
-        heads = {"num_heads": num_heads} if width is None else {"head_channels": width}
-        return [
-            {
-                "depth": read["num_res_blocks"],
-                "channel_mult": int(mult * read["model_channels"]) / read["model_channels"],
-                "attention": "self" if 2**level in read["attention_resolutions"] else "none",
-                **heads,
-            }
-            for level, mult in enumerate(read["channel_mult"])
-        ]
-
-    down = stages(read["num_heads"])
     return {
         "in_channels": read["in_channels"] * (2 if super_resolution else 1),
         "out_channels": read["out_channels"],
+        "up_stages": stages(read, upsample_heads),
+        "num_classes": read["num_classes"],
+        **way_down_config(read),
+    }
+
+
+def way_down_config(read: Config) -> dict[str, Any]:
+    """Our settings that networks with and without a way up share."""
+    down = stages(read, read["num_heads"])
+    return {
         "channels": read["model_channels"],
         "stages": down,
-        "up_stages": stages(upsample_heads),
         "middle": {**down[-1], "depth": 2, "attention": "self"},
-        "num_classes": read["num_classes"],
         "modulation": "scale_shift" if read["use_scale_shift_norm"] else "shift",
-        "resample": resample,
+        "resample": "residual" if read["resblock_updown"] else "conv" if read["conv_resample"] else "pool",
         "dropout": float(read["dropout"]),
         "checkpointing": bool(read["use_checkpoint"]),
     }
+
+
+def stages(read: Config, num_heads: int) -> list[dict[str, Any]]:
+    """The resolutions of either way, with this many heads unless their width is fixed."""
+    width = read["num_head_channels"]
+    heads = {"num_heads": num_heads} if width == -1 else {"head_channels": width}
+    return [
+        {
+            "depth": read["num_res_blocks"],
+            "channel_mult": int(mult * read["model_channels"]) / read["model_channels"],
+            "attention": "self" if 2**level in read["attention_resolutions"] else "none",
+            **heads,
+        }
+        for level, mult in enumerate(read["channel_mult"])
+    ]
 
 
 def kwargs_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,18 +119,29 @@ def kwargs_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """
     read = {**FLAG_DEFAULTS, **flags}
     size, mult = read["image_size"], read["channel_mult"]
-    if not mult and size not in CHANNEL_MULTS:
-        raise ValueError(f"image_size={size} has no default channel_mult; only {', '.join(map(str, CHANNEL_MULTS))}")
-    given = [float(m) if "." in m else int(m) for m in mult.split(",")] if mult else CHANNEL_MULTS[size]
+    given = [float(m) if "." in m else int(m) for m in mult.split(",")] if mult else default_mults(size)
     names = set(DEFAULTS) - {"attention_resolutions", "channel_mult", "in_channels", "num_classes"}
     return {name: read[name] for name in names & set(read)} | {
         "in_channels": 3,
         "model_channels": read["num_channels"],
         "out_channels": 6 if read["learn_sigma"] else 3,
         "channel_mult": tuple(given),
-        "attention_resolutions": tuple(size // int(r) for r in read["attention_resolutions"].split(",")),
+        "attention_resolutions": downsamplings(size, read["attention_resolutions"]),
         "num_classes": 1000 if read["class_cond"] else None,
     }
+
+
+def default_mults(image_size: int) -> tuple[float, ...]:
+    """The widths that guided-diffusion gives networks for images of this size."""
+    if image_size not in CHANNEL_MULTS:
+        known = ", ".join(map(str, CHANNEL_MULTS))
+        raise ValueError(f"image_size={image_size} has no default channel_mult; only {known}")
+    return CHANNEL_MULTS[image_size]
+
+
+def downsamplings(image_size: int, resolutions: str) -> tuple[int, ...]:
+    """Factors from a flag's resolutions such as "32,16,8"."""
+    return tuple(image_size // int(resolution) for resolution in resolutions.split(","))
 
 
 def unet_table(config: Mapping[str, Any], *, super_resolution: bool = False) -> KeyMap:
@@ -157,22 +170,12 @@ def unet_rules(
 ) -> Iterator[Rule]:
     """Rules for the names that guided-diffusion, ldm and sgm share: blocks numbered as the forward pass meets them."""
     facts = {"new_attention_order": new_attention_order, "linear_projections": linear_projections}
-    yield from renamed(net.time_embedding, "time_embedding", "time_embed", {"linear_in": "0", "linear_out": "2"})
+    yield from way_down_rules(net, **facts)
     if net.label_embedding is not None:
         yield Rule("label_embedding.weight", ("label_emb.weight",))
     if net.vector_embedding is not None:
         names = {"linear_in": "0", "linear_out": "2"} if isinstance(net.vector_embedding, EmbeddingMLP) else {"": ""}
         yield from renamed(net.vector_embedding, "vector_embedding", vector_prefix, names)
-    yield from renamed(net.conv_in, "conv_in", "input_blocks.0.0", {"": ""})
-    number = 1
-    for i, level in enumerate(net.down):
-        for j, block in enumerate(level.blocks):
-            yield from block_rules(block, f"down.{i}.blocks.{j}", f"input_blocks.{number}", **facts)
-            number += 1
-        if level.resample is not None:
-            yield from resample_rules(level.resample, f"down.{i}.resample", f"input_blocks.{number}.0", "op")
-            number += 1
-    yield from middle_rules(net.middle, **facts)
     number = 0
     for i, level in reversed(list(enumerate(net.up))):
         for j, block in enumerate(level.blocks):
@@ -184,6 +187,21 @@ def unet_rules(
             yield from resample_rules(level.resample, f"up.{i}.resample", foreign, "conv")
     yield from renamed(net.norm_out, "norm_out", "out.0", {"": ""})
     yield from renamed(net.conv_out, "conv_out", "out.2", {"": ""})
+
+
+def way_down_rules(net: StageNetwork, **facts: bool) -> Iterator[Rule]:
+    """Rules for the time embedding, the first convolution, the levels of the way down and the middle."""
+    yield from renamed(net.time_embedding, "time_embedding", "time_embed", {"linear_in": "0", "linear_out": "2"})
+    yield from renamed(net.conv_in, "conv_in", "input_blocks.0.0", {"": ""})
+    number = 1
+    for i, level in enumerate(net.down):
+        for j, block in enumerate(level.blocks):
+            yield from block_rules(block, f"down.{i}.blocks.{j}", f"input_blocks.{number}", **facts)
+            number += 1
+        if level.resample is not None:
+            yield from resample_rules(level.resample, f"down.{i}.resample", f"input_blocks.{number}.0", "op")
+            number += 1
+    yield from middle_rules(net.middle, **facts)
 
 
 def block_rules(block: Block, ours: str, foreign: str, **facts: bool) -> Iterator[Rule]:

@@ -22,6 +22,7 @@ class Transform:
 SAME = Transform(lambda tensor: tensor, lambda tensor: (tensor,))
 CONV1D = Transform(lambda tensor: tensor.flatten(1), lambda tensor: (tensor[:, :, None],))
 CONV2D = Transform(lambda tensor: tensor.flatten(1), lambda tensor: (tensor[:, :, None, None],))
+TRANSPOSED = Transform(lambda tensor: tensor.T, lambda tensor: (tensor.T,))
 STACKED = Transform(lambda *parts: torch.cat(parts), lambda tensor: tensor.chunk(3))
 SWAPPED_HALVES = Transform(
     lambda tensor: torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1),
