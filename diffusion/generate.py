@@ -4,6 +4,7 @@ Shared by sample.py and by the pictures made during training. Image i depends on
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import LoadedModel
+from diffusion.checkpoint import LoadedClassifier, LoadedModel, load_classifier, weights_hash
 from diffusion.denoiser import NULL_LABEL
-from diffusion.guidance import NoGuidance
+from diffusion.guidance import ClassifierGuidance, NoGuidance
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import SampleNoise, Sampler
 
@@ -100,13 +101,19 @@ def classes_of(net: nn.Module, conditioner: nn.Module | None) -> int | None:
     return getattr(conditioner, "num_classes", None) if known is None else known
 
 
-def choose_asked(model: LoadedModel, config: Mapping[str, Any]) -> Asked:
-    """Read `labels`, `prompt`, `negative_prompt` and `condition_image` as this model understands them.
+def classes_asked(net: nn.Module, conditioner: nn.Module | None, guidance: Any) -> int | None:
+    """Return how many classes a label may name: those of the network, or else those of the classifier that guides."""
+    known = classes_of(net, conditioner)
+    return guidance.num_classes if known is None and isinstance(guidance, ClassifierGuidance) else known
+
+
+def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = None) -> Asked:
+    """Read `labels`, `prompt`, `negative_prompt` and `condition_image` as this model and its guidance understand them.
 
     Raises ValueError for a setting that the model does not listen to, and for one that it needs.
     """
     entries = () if model.conditioner is None else model.conditioner.entries
-    num_classes = classes_of(model.net, model.conditioner)
+    num_classes = classes_asked(model.net, model.conditioner, guidance)
     if unknown := [entry for entry in entries if entry not in ASKED_BY]:
         raise ValueError(f"this model is conditioned on {unknown}, which no setting gives; call generate(inputs=...)")
     heard = [ASKED_BY[entry] for entry in entries]
@@ -160,11 +167,75 @@ def choose_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def with_classifier(
+    guidance: Any,
+    diffusion: GaussianDiffusion,
+    *,
+    shape: Sequence[int],
+    num_classes: int | None,
+    autoencoder: nn.Module | None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    buildable: Sequence[str] = (),
+) -> Any:
+    """Return classifier guidance with its classifier loaded and fit for a denoiser; any other guidance as it is.
+
+    The denoiser is told by its `diffusion`, the `shape` (C, H, W) of its images, its `num_classes` if it has classes,
+    and its `autoencoder`. The classifier computes in float32, or in float64 if that is `dtype`. Raises ValueError for
+    a file that holds no classifier and for a classifier of other images, latents, noise or classes.
+    """
+    if not isinstance(guidance, ClassifierGuidance):
+        return guidance
+    if guidance.classifier is None and guidance.classifier_checkpoint is not None:
+        loaded = load_classifier(guidance.classifier_checkpoint, device=device, buildable=buildable)
+        loaded.net.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        guidance = replace(guidance, classifier=loaded)
+    if isinstance(guidance.classifier, LoadedClassifier):
+        check_same_space(guidance.name, guidance.classifier.parts.get("autoencoder"), autoencoder)
+    guidance.check(
+        diffusion, shape if autoencoder is None else autoencoder.latent_shape(shape), num_classes=num_classes
+    )
+    return guidance
+
+
+def check_same_space(name: str, latents_of: Mapping[str, Any] | None, autoencoder: nn.Module | None) -> None:
+    """Raise ValueError unless a classifier judges what the denoiser draws: pixels, or latents of one autoencoder.
+
+    `latents_of` is what the classifier's file says about its autoencoder, None for one that judges pixels.
+    """
+    spaces = ["pixels" if of is None else "the latents of an autoencoder" for of in (latents_of, autoencoder)]
+    if spaces[0] != spaces[1]:
+        raise ValueError(
+            f"{name} judges {spaces[0]}, but the denoiser draws {spaces[1]}; train a classifier on {spaces[1]}"
+        )
+    if latents_of is None:
+        return
+    config = latents_of["config"]
+    theirs = (latents_of["sha256"][:12], config.get("scale_factor"), config.get("shift", 0.0))
+    ours = (weights_hash(autoencoder)[:12], autoencoder.scale_factor, autoencoder.shift)
+    if theirs != ours:
+        worded = ["weights {}, scale_factor={} shift={}".format(*of) for of in (theirs, ours)]
+        raise ValueError(
+            f"{name} judges latents of another autoencoder ({worded[0]}) than the denoiser's ({worded[1]}); train "
+            "both on the same one"
+        )
+
+
+def say_guidance(guidance: Any, sampler: Sampler) -> None:
+    """Say on stderr, where a classifier guides, in which form the sampler lets it."""
+    if isinstance(guidance, ClassifierGuidance):
+        form = "shifts the mean (DDPM)" if sampler.shifts_mean else "bends the score (DDIM, ODE solvers)"
+        print(f"{guidance.name} guides: it {form}, classifier_scale={guidance.classifier_scale}", file=sys.stderr)
+
+
 def guidance_for(guidance: Any, *, conditional: bool, condition_drop: float) -> Any:
     """Return the guidance to use with such a model, with a warning where it cannot do what it is for."""
     if getattr(guidance, "guidance_scale", 1) == 1:
         return guidance
     if not conditional:
+        if isinstance(guidance, ClassifierGuidance):
+            warnings.warn("this model has no condition: sampling with the classifier's guidance alone", stacklevel=1)
+            return replace(guidance, guidance_scale=1.0)
         warnings.warn("this model has no condition to guide towards: sampling without guidance", stacklevel=1)
         return NoGuidance()
     if not condition_drop:
@@ -203,8 +274,9 @@ def generate(
     are (call `.eval()` and `.to(device)` first); in bfloat16 and float16 the network runs under autocast while the
     sampler's arithmetic stays float32; float64 needs modules in float64. Matrix kernels round differently for small
     and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself with spare samples
-    that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. Raises ValueError for samples
-    that are not finite.
+    that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. `labels` are for the network,
+    if it knows classes, and for a classifier that guides (whose `guidance` comes from `with_classifier`). Raises
+    ValueError for samples that are not finite.
     """
     wanted = len(seeds)
     sampler = sampler_for(sampler, latents=autoencoder is not None)
@@ -215,12 +287,17 @@ def generate(
     denoise = guidance(diffusion, net, condition, null)
     noise = SampleNoise(seeds, device=device)
     x = noise.initial(shape if autoencoder is None else autoencoder.latent_shape(shape)).to(state_dtype)
+    push = None
+    if isinstance(guidance, ClassifierGuidance):
+        push = guidance.log_prob_grad(diffusion, x, labels, num_classes=classes_of(net, conditioner))
     half = dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(device.type, dtype) if half else contextlib.nullcontext():
-        for state in sampler.states(diffusion, denoise, x, noise=noise):
+        for state in sampler.states(diffusion, denoise, x, noise=noise, log_prob_grad=push):
             x = state.x
             if on_step is not None:
                 on_step()
+    if push is not None:
+        push.check()
     x = x[:wanted]
     if broken := int((~x.isfinite()).flatten(1).any(1).sum()):
         hint = "try dtype=float32" if half else "the checkpoint may be that of a run that diverged"

@@ -21,8 +21,11 @@ from diffusion.generate import (
     choose_asked,
     choose_device,
     choose_dtype,
+    classes_of,
     guidance_for,
     sampler_for,
+    say_guidance,
+    with_classifier,
 )
 from diffusion.images import grid, label_layout, save_npz, save_png, to_uint8
 from diffusion.sampling import Sampler
@@ -36,12 +39,22 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     """
     for name in ("num_samples", "batch_size", "pad_to", "tile"):
         check_count(name, 1 if config[name] is None and name == "tile" else config[name])
-    asked = choose_asked(model, config)
     device, dtype = choose_device(config["device"]), choose_dtype(config["dtype"])
+    guidance = with_classifier(
+        guidance,
+        model.diffusion,
+        shape=model.facts["shape"],
+        num_classes=classes_of(model.net, model.conditioner),
+        autoencoder=model.autoencoder,
+        device=device,
+        dtype=dtype,
+        buildable=config["buildable"],
+    )
+    asked = choose_asked(model, config, guidance)
     for module in (model.net, model.conditioner, model.autoencoder):
         if module is not None:
             module.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    conditional = asked.labels is not None or asked.inputs is not None
+    conditional = classes_of(model.net, model.conditioner) is not None or asked.inputs is not None
     known = {"conditional": conditional, "condition_drop": model.facts["condition_drop"]}
     sampler_for(sampler, latents=model.autoencoder is not None)
     num_steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
@@ -51,6 +64,7 @@ def sample_to_folder(model: LoadedModel, sampler: Sampler, guidance: Any, config
     with atomic_write(out_dir / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
 
+    say_guidance(guidance, sampler)
     made_by = {**provenance(model, config), "device": str(device)}
     pictures: list[np.ndarray] = []
     with _progress(num_steps * -(-config["num_samples"] // config["batch_size"])) as on_step:
@@ -95,6 +109,8 @@ def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that makes a sample what it is, but its own seed, label and prompt."""
     asked = {name: config[name] for name in ("negative_prompt", "condition_image") if config.get(name) is not None}
     parts = {f"{name}_sha256": part["sha256"] for name, part in model.parts.items()}
+    if classifier := config["guidance"].get("classifier_checkpoint"):
+        parts["classifier_sha256"] = file_hash(classifier)
     return {
         **asked,
         **parts,

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Levels, clip_x0, threshold_x0
+from .guidance import Gradient, Levels, classifier_score, clip_x0, threshold_x0
 from .process import (
     VARIANCE_ALIASES,
     VARIANCES,
     GaussianDiffusion,
     Prediction,
     last_variances,
+    mix,
     reverse_variance,
     transition,
     variances,
@@ -78,16 +79,16 @@ def step(
     solver: Callable = euler,
     eta: float = 0.0,
     variance: str = "posterior",
-    shift: Callable[[Tensor, float], Tensor] | None = None,
+    shift: Gradient | None = None,
     noise: Noise = torch.randn_like,
     ask: Callable[[float, float], float] = max,
 ) -> tuple[Tensor, History]:
     """Carry x (B, C, H, W) from timestep t to s: s < t denoises, s > t inverts. Differentiable.
 
     `ask` chooses at which end of the interval an inversion asks the network: max is the noisier one (null-text
-    inversion), min the cleaner (guided-diffusion). `shift(x, t)` is a classifier's gradient: variance times it is
-    added to the mean (2105.05233, algorithm 1); on the move to CLEAN that is nothing with variance="posterior" and
-    the variance of `last_variances` otherwise. No noise is drawn for eta = 0 or on the move to CLEAN.
+    inversion), min the cleaner (guided-diffusion). `shift(x, t)` is a classifier's gradient, or None: variance times
+    it is added to the mean (2105.05233, algorithm 1); on the move to CLEAN that is nothing with variance="posterior"
+    and the variance of `last_variances` otherwise. No noise is drawn for eta = 0 or on the move to CLEAN.
     """
     here, there = level(t), level(s)
     if s < t:
@@ -103,8 +104,8 @@ def step(
     if shift is not None and s == CLEAN and len(history) > 1 and variance != "posterior":
         before = variances(level(history[1][0]), here)[1]
         var = reverse_variance(variance, *last_variances(variance, variances(here, there)[0], before), p.var_frac)
-    if shift is not None:
-        mean = mean + var * shift(x, t)
+    if shift is not None and (gradient := shift(x, t)) is not None:
+        mean = mix(1.0, mean, var, gradient)
     if eta == 0 or s == CLEAN:
         return mean, history
     fresh = noise(x)
@@ -169,19 +170,44 @@ class Sampler:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is DDPM), got {self.eta}")
 
+    @property
+    def shifts_mean(self) -> bool:
+        """Whether a classifier's gradient shifts the mean of a move (2105.05233, algorithm 1) or bends eps (2).
+
+        Algorithm 1 is derived for ancestral sampling, p(x_s | x_t, label) near the Gaussian p(x_s | x_t): DDPM, which
+        is eta = 1 with the Euler solver, with whichever variance. With less noise it would guide the noisy part of
+        the move only, at eta = 0 not at all: so DDIM with eta < 1 and every other solver get the score.
+        """
+        return self.eta == 1 and self.solver is euler
+
     def timesteps(self, schedule: Schedule) -> tuple[int, ...]:
         """The grid that this sampler walks on `schedule`, `final` included."""
         return schedule.timesteps(self.num_steps, self.spacing, final=self.final, offset=self.offset)
 
     def states(
-        self, diffusion: GaussianDiffusion, denoise: Denoiser, x: Tensor, *, noise: Noise, **step_kwargs
+        self,
+        diffusion: GaussianDiffusion,
+        denoise: Denoiser,
+        x: Tensor,
+        *,
+        noise: Noise,
+        log_prob_grad: Gradient | None = None,
+        **step_kwargs,
     ) -> Iterator[State]:
-        """Yield every State from x ~ N(0, 1) at the first timestep to `final`. Errors come before the first step."""
+        """Yield every State from x ~ N(0, 1) at the first timestep to `final`. Errors come before the first step.
+
+        `log_prob_grad(x, t)` is what a classifier guides by, its scale included (`ClassifierGuidance.log_prob_grad`);
+        `shifts_mean` says how. Its score is not clipped again.
+        """
         level = diffusion.schedule.level
         if self.clip in ("auto", "clip"):
             denoise = clip_x0(denoise, level)
         elif self.clip == "dynamic":
             denoise = threshold_x0(denoise, level, quantile=self.dynamic_quantile)
+        if log_prob_grad is not None and self.shifts_mean:
+            step_kwargs["shift"] = log_prob_grad
+        elif log_prob_grad is not None:
+            denoise = classifier_score(denoise, log_prob_grad, level)
         return sample(
             denoise,
             x,
@@ -195,8 +221,16 @@ class Sampler:
         )
 
     @torch.no_grad()
-    def sample(self, diffusion: GaussianDiffusion, denoise: Denoiser, x: Tensor, *, noise: Noise) -> Tensor:
-        """Return the last state's x (B, C, H, W)."""
-        for state in self.states(diffusion, denoise, x, noise=noise):
+    def sample(
+        self,
+        diffusion: GaussianDiffusion,
+        denoise: Denoiser,
+        x: Tensor,
+        *,
+        noise: Noise,
+        log_prob_grad: Gradient | None = None,
+    ) -> Tensor:
+        """Return the last state's x (B, C, H, W); `log_prob_grad` as in `states`."""
+        for state in self.states(diffusion, denoise, x, noise=noise, log_prob_grad=log_prob_grad):
             x = state.x
         return x

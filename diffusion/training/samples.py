@@ -13,7 +13,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffusion.data.base import ImageData
-from diffusion.generate import NonFiniteSamples, batches, classes_of, guidance_for, sampler_for
+from diffusion.generate import (
+    NonFiniteSamples,
+    batches,
+    classes_asked,
+    classes_of,
+    guidance_for,
+    sampler_for,
+    say_guidance,
+    with_classifier,
+)
+from diffusion.guidance import ClassifierGuidance, NonFiniteGradient
 from diffusion.images import grid, to_uint8
 from diffusion.sampling import Sampler
 from diffusion.training.ema import EMA
@@ -57,7 +67,16 @@ class SampleGrid(Pictures):
         sampler_for(self.sampler, latents=pl_module.autoencoder is not None)
         conditional = pl_module.net.num_classes is not None or pl_module.conditioner is not None
         settings = {"conditional": conditional, "condition_drop": pl_module.condition_drop}
-        self.guidance = guidance_for(self.guidance, **settings)
+        self.guidance = with_classifier(
+            guidance_for(self.guidance, **settings),
+            pl_module.diffusion,
+            shape=self.data.shape,
+            num_classes=classes_of(pl_module.net, pl_module.conditioner),
+            autoencoder=pl_module.autoencoder,
+            device=pl_module.device,
+        )
+        if trainer.is_global_zero:
+            say_guidance(self.guidance, self.sampler)
 
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw, write and log one picture of the raw weights and one of the first average."""
@@ -68,7 +87,7 @@ class SampleGrid(Pictures):
                 with weights:
                     images, captions = self._images(trainer, task)
                 show(trainer, name, grid(images, self.columns, captions=captions))
-        except NonFiniteSamples as error:  # training may still get there
+        except (NonFiniteSamples, NonFiniteGradient) as error:  # training may still get there
             rank_zero_warn(f"no sample picture at step {trainer.global_step}: {error}")
         finally:
             task.model.train(training)
@@ -92,7 +111,7 @@ class SampleGrid(Pictures):
             num_samples=self.columns * (self.rows if not asked else len(next(iter(asked.values()))) // self.columns),
             batch_size=self.batch_size,
             seed=self.seed,
-            labels=labels if task.net.num_classes is not None else None,
+            labels=labels if task.net.num_classes is not None or self._guides_by_label else None,
             inputs=inputs or None,
             shape=self.data.shape,
             conditioner=task.conditioner,
@@ -105,6 +124,10 @@ class SampleGrid(Pictures):
             return images, None
         return images, [text if i % self.columns == 0 else "" for i, text in enumerate(inputs["caption"])]
 
+    @property
+    def _guides_by_label(self) -> bool:
+        return isinstance(self.guidance, ClassifierGuidance)
+
     def _repeated(self, values: Sequence[Any]) -> list[Any]:
         """Repeat a row's value for each of its columns."""
         return [value for value in values for _ in range(self.columns)]
@@ -112,12 +135,12 @@ class SampleGrid(Pictures):
     def _conditions(self, task: LightningModule) -> dict[str, list[Any]]:
         """Return what the rows ask for, by batch entry: classes in turn, or what validation samples show."""
         entries = set(task.conditioner.entries if task.conditioner else ())
-        if task.net.num_classes is not None:
+        if task.net.num_classes is not None or self._guides_by_label:
             entries.add("label")
         if not entries:
             return {}
         if entries == {"label"}:
-            return {"label": self._classes(classes_of(task.net, task.conditioner))}
+            return {"label": self._classes(classes_asked(task.net, task.conditioner, self.guidance))}
         rows = len(self.prompts) if self.prompts else min(self.rows, len(self.data.val_set))
         shown = self.data.val_set.__getitems__([(0, index) for index in range(rows)])
         if self.prompts:
