@@ -6,9 +6,11 @@
     uv run sample.py checkpoint=FILE prompt="a small red star on a blue background" negative_prompt="a circle"
     uv run sample.py sampler=ddpm guidance=none
     uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
+    uv run sample.py num_samples=500 metrics=[fid,kid,precision,recall] reference=digits features=pixels
+    uv run sample.py samples=FOLDER_OR_NPZ metrics=[fid] reference=FOLDER_OR_NPZ    # measures, and draws nothing
 
 out_dir gets grid.png, samples.npz (arr_0 uint8 images NHWC, arr_1 int64 labels), images/000000.png ..., each of which
-says in its PNG text how it was made, and config.yaml.
+says in its PNG text how it was made, config.yaml and, with metrics=, metrics.json.
 """
 
 from omegaconf import DictConfig
@@ -18,17 +20,27 @@ from diffusion.cli import command
 
 @command("sample", __doc__, folder="out_dir", texts=("prompt", "negative_prompt"))
 def main(cfg: DictConfig) -> None:
-    """Load, build, sample, write."""
+    """Load, build, sample, write, and measure."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from diffusion.checkpoint import load_model
+    from diffusion.evaluation.command import check_wanted, evaluation_for, measure
     from diffusion.sample_folder import sample_to_folder
 
     config = OmegaConf.to_container(cfg, resolve=True)
+    evaluation = evaluation_for(config)
+    if config["samples"] is not None:
+        print(measure(evaluation, config["samples"]))
+        return
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
     model = load_model(config["checkpoint"], buildable=config["buildable"], autoencoder=config["autoencoder"])
-    print(sample_to_folder(model, sampler, guidance, config))
+    if evaluation is not None:
+        check_wanted(evaluation, model.facts["shape"], config["num_samples"])
+    out_dir = sample_to_folder(model, sampler, guidance, config)
+    print(out_dir)
+    if evaluation is not None:
+        print(measure(evaluation, out_dir))
 
 
 if __name__ == "__main__":
