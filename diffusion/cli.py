@@ -361,6 +361,9 @@ def _unreadable(argument: str, chosen: dict[str, str | None]) -> str:
 
 def _unknown_option(override: Any) -> str | None:
     options = _options(override.key_or_group)
+    group, _, folder = override.key_or_group.partition("/")
+    if folder:
+        return f"there is no group {group}/{folder}; did you mean {group}={folder}/{_choices(override)[0]}?"
     for choice in _choices(override):
         if choice not in options and choice not in ("null", "None"):
             near = difflib.get_close_matches(choice, options, n=2)
