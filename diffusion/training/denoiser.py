@@ -12,18 +12,15 @@ from torch import Tensor, nn
 
 from diffusion.checkpoint import Part
 from diffusion.denoiser import NULL_LABEL
-from diffusion.latents import encode_moments
 from diffusion.losses import DenoisingLoss
-from diffusion.models.autoencoder import Moments
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import fold, generator
 from diffusion.timestep_samplers import StratifiedTimesteps, UniformTimesteps
-from diffusion.training.task import OptimizerPartial, SchedulerPartial, Task, seed_dropout
+from diffusion.training.noised import NoisedTask, part_of
+from diffusion.training.task import OptimizerPartial, SchedulerPartial, seed_dropout
 
-QUARTERS = 4  # parts of the chain whose losses are logged apart
 
-
-class DenoiserTask(Task):
+class DenoiserTask(NoisedTask):
     """Train `net` to denoise. `optimizer(parameters)` and `lr_scheduler(optimizer)` are partials, counted in steps.
 
     With an `autoencoder` (frozen) the data are its latents: of "image", encoded in each step, or of cached "moments".
@@ -50,44 +47,28 @@ class DenoiserTask(Task):
         bundle: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed=seed)
+        super().__init__(
+            diffusion, timestep_sampler=timestep_sampler, autoencoder=autoencoder, bundle=bundle, seed=seed
+        )
         if not 0 <= condition_drop <= 1:
             raise ValueError(f"task.condition_drop is a probability in [0, 1], got {condition_drop}")
         loss.check(diffusion)
         check_fit(net, diffusion, autoencoder, conditioner)
-        num_train_timesteps = diffusion.schedule.num_train_timesteps
         self.net = net
-        self.diffusion = diffusion
         self.loss = loss
-        self.timestep_sampler = timestep_sampler or UniformTimesteps(num_train_timesteps)
-        if self.timestep_sampler.num_train_timesteps != num_train_timesteps:
-            raise ValueError(
-                f"the timestep sampler draws from {self.timestep_sampler.num_train_timesteps} timesteps, the schedule "
-                f"has {num_train_timesteps}; give both the same num_train_timesteps"
-            )
         self.optimizer_partial = optimizer
         self.lr_scheduler_partial = lr_scheduler
         self.condition_drop = condition_drop
-        self.bundle = bundle
-        # Frozen modules stay out of the module tree: no checkpoint repeats them, and `train()` leaves them alone.
-        self._beside = {"autoencoder": autoencoder, "conditioner": conditioner}
         self.trained_conditioner = conditioner if is_trainable(conditioner) else None
-        self._frozen_parts: dict[str, Part] = {}  # made once, because hashing a large module takes a second
-        # Sums since the last log: [loss of each quarter of the chain..., objective], and how many samples gave them.
-        # A buffer, so that a checkpoint between two logs carries it.
-        self.register_buffer("sums", torch.zeros(2, QUARTERS + 1))
+        if conditioner is not None and self.trained_conditioner is None:
+            self._frozen["conditioner"] = conditioner
         if compile:
             net.compile()
 
     @property
-    def autoencoder(self) -> nn.Module | None:
-        """What makes latents of images, frozen; None for a model of pixels."""
-        return self._beside["autoencoder"]
-
-    @property
     def conditioner(self) -> nn.Module | None:
         """What turns conditions into the network's inputs, frozen or trained; None for none."""
-        return self._beside["conditioner"]
+        return self._frozen.get("conditioner", self.trained_conditioner)
 
     @property
     def model(self) -> nn.Module:
@@ -95,12 +76,6 @@ class DenoiserTask(Task):
         if self.trained_conditioner is None:
             return self.net
         return nn.ModuleDict({"net": self.net, "conditioner": self.trained_conditioner})
-
-    def on_fit_start(self) -> None:
-        """Move the frozen parts, which Lightning does not see, to the device."""
-        for module in self._beside.values():
-            if module is not None and module is not self.trained_conditioner:
-                module.to(self.device).eval()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Take the loss of one batch at random timesteps; its numbers depend on seed, batch number and rank alone."""
@@ -117,19 +92,9 @@ class DenoiserTask(Task):
         condition = self.condition(batch, drop)
         terms = self.loss(self.diffusion, self.net, x0, t, eps, condition)
         objective = (terms.loss * weight).mean()
-        self._note(t, terms.loss.detach(), objective.detach())
+        self.note(t, terms.loss[None], objective[None])
         self.batches_seen += 1
         return {"loss": objective, "t": t}
-
-    def clean(self, batch: Mapping[str, Any], *key: int | str) -> Tensor:
-        """Return x0 (B, C, H, W): the images, or their latents with a draw from q(z|x) that `key` determines."""
-        if self.autoencoder is None:
-            return batch["image"]
-        moments = batch["moments"] if "moments" in batch else encode_moments(self.autoencoder, batch["image"])
-        mean, logvar = moments.chunk(2, dim=1)
-        draws = generator(self.seed, "latent", *key, device=self.device)
-        noise = torch.randn(mean.shape, generator=draws, device=self.device)
-        return self.autoencoder.normalise(Moments(mean, logvar).sample(noise))
 
     def condition(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
         """Return what the network is told of a batch; samples where `drop` (B,) is True are told nothing."""
@@ -139,25 +104,6 @@ class DenoiserTask(Task):
         if self.conditioner is not None:
             condition |= self.conditioner(self.conditioner.prepare_batch(batch), drop)
         return condition
-
-    @torch.no_grad()
-    def _note(self, t: Tensor, losses: Tensor, objective: Tensor) -> None:
-        """Add to the sums without waiting for the device, and tell the timestep sampler."""
-        quarter = t * QUARTERS // self.diffusion.schedule.num_train_timesteps
-        self.sums.index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
-        self.sums[0, QUARTERS] += objective
-        self.sums[1, QUARTERS] += 1
-        if self.trainer.world_size > 1:
-            t, losses = (self.all_gather(value).flatten() for value in (t, losses))
-        self.timestep_sampler.update(t, losses)
-
-    def pop_losses(self) -> dict[str, float]:
-        """Return the mean objective and the mean loss of each quarter of the chain since the last call."""
-        sums = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
-        self.sums.zero_()
-        totals, counts = sums.tolist()
-        names = [f"train/loss_q{quarter + 1}" for quarter in range(QUARTERS)] + ["train/loss"]
-        return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the loss at the same timesteps and noise each time, of the raw weights and of each average."""
@@ -178,13 +124,7 @@ class DenoiserTask(Task):
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise ValueError where images of `shape` (C, H, W), or their latents, cannot pass the network."""
-        if self.autoencoder is not None:
-            shape = self.autoencoder.latent_shape(shape)
-            if len(shape) != 3:
-                raise ValueError(
-                    "the autoencoder's latents are vectors, and a denoiser needs (C, H, W); take one with spatial "
-                    "latents, such as autoencoder=digits"
-                )
+        shape = self.learnt_shape(shape)
         factor = getattr(self.net, "size_factor", 1)
         if any(size % factor for size in shape[1:]):
             what = "images" if self.autoencoder is None else "latents"
@@ -195,18 +135,10 @@ class DenoiserTask(Task):
 
     def for_export(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
         """Return the config to store with the network, and the parts that it needs beside it."""
-        for name, module in self._beside.items():
-            if module is None or name in self._frozen_parts:
-                continue
-            bundled = self.bundle or module is self.trained_conditioner
-            node, source = config[name], None
-            if origin := getattr(module, "origin", None):  # an autoencoder that came from a file
-                node, source = origin.config, origin.source
-            part = Part(module=module, config=without_files(node) if bundled else node, bundled=bundled, source=source)
-            if module is self.trained_conditioner:
-                return dict(config), {**self._frozen_parts, name: part}
-            self._frozen_parts[name] = part
-        return dict(config), dict(self._frozen_parts)
+        config, parts = super().for_export(config)
+        if self.trained_conditioner is not None:
+            parts["conditioner"] = part_of(self.trained_conditioner, config["conditioner"], bundled=True)
+        return config, parts
 
 
 def condition_of(batch: dict[str, Any], net: nn.Module) -> dict[str, Tensor]:
@@ -226,13 +158,6 @@ def is_trainable(module: nn.Module | None) -> bool:
     return module is not None and any(p.requires_grad for p in module.parameters())
 
 
-def without_files(node: Any) -> Any:
-    """Return a conditioner's config without the files that its weights came from: they are stored beside it."""
-    if isinstance(node, Mapping):
-        return {key: None if key == "weights" else without_files(value) for key, value in node.items()}
-    return [without_files(value) for value in node] if isinstance(node, list | tuple) else node
-
-
 def check_fit(
     net: nn.Module, diffusion: GaussianDiffusion, autoencoder: nn.Module | None, conditioner: nn.Module | None
 ) -> None:
@@ -249,12 +174,6 @@ def check_fit(
             raise ValueError(f"the network needs a vector of {wanted} channels, which no conditioner gives; add one")
     if autoencoder is None:
         return
-    if not autoencoder.measured:
-        file = autoencoder.origin.source if hasattr(autoencoder, "origin") else "FILE"
-        raise ValueError(
-            "the autoencoder's scale_factor has not been measured, and latents must have a standard deviation of about "
-            f"1; measure it: uv run python -m diffusion.training.latent_scale checkpoint={file} data=..."
-        )
     channels = autoencoder.latent_channels
     has = (getattr(net, "in_channels", None), getattr(net, "out_channels", None))
     needs = (channels + provided.get("concat", 0), diffusion.out_channels(channels))
