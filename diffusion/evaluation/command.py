@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion.evaluation.features import choose_features
 from diffusion.evaluation.metrics import Evaluation, check_compared, check_metrics, report
-from diffusion.evaluation.reference import open_images, open_reference
+from diffusion.evaluation.reference import Reference, open_images, open_reference
 from diffusion.files import atomic_write
 from diffusion.generate import choose_device
 
@@ -18,22 +18,23 @@ from diffusion.generate import choose_device
 BELONGING = ("samples", "reference", "inception_weights", "resize")
 
 
-def evaluation_for(config: Mapping[str, Any], *, device: str | None = None) -> Evaluation | None:
+def evaluation_for(
+    config: Mapping[str, Any], *, device: str | None = None, reference: Reference | None = None
+) -> Evaluation | None:
     """Build what the settings ask for, with features and reference in place; None where `metrics` is empty.
 
-    Raises ValueError for settings that do not go together.
+    `device` and `reference` stand in for those of the settings. Raises ValueError for what does not go together.
     """
     if not config["metrics"]:
         if idle := [f"{name}={config[name]}" for name in BELONGING if config[name] is not None]:
             raise ValueError(f"{', '.join(idle)} without metrics; say which: metrics=[fid,kid,precision,recall]")
         return None
     metrics = check_metrics(config["metrics"])
-    check_compared(metrics, config["reference"])
+    check_compared(metrics, reference or config["reference"])
     if config["resize"] is not None and (type(config["resize"]) is not int or config["resize"] < 1):
         raise ValueError(f"resize={config['resize']} must be a whole number of pixels, or null")
     place = choose_device(device or config["device"])
-    reference = None
-    if config["reference"] is not None:
+    if reference is None and config["reference"] is not None:
         reference = open_reference(
             config["reference"],
             split=config["reference_split"],

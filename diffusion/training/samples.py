@@ -3,7 +3,7 @@
 Everything drawn has its own generator and the network is only read, so the training's numbers do not change.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from diffusion.data.base import ImageData
 from diffusion.generate import (
+    Batch,
     NonFiniteSamples,
     batches,
     classes_asked,
@@ -32,7 +33,118 @@ from diffusion.training.pictures import Pictures, show
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "16-true": torch.float16}
 
 
-class SampleGrid(Pictures):
+class Drawing(Pictures):
+    """Draw samples of the model in training, in evaluation mode and on seeds `seed`, `seed` + 1, ...
+
+    `data` gives the shape (C, H, W), and its validation set the conditions of models that listen to texts or images.
+    A subclass says in `draw_at_rest` what is drawn and what becomes of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sampler: Sampler,
+        guidance: Any,
+        *,
+        data: ImageData,
+        every_n_steps: int,
+        batch_size: int,
+        seed: int,
+        **numbers: int,
+    ) -> None:
+        super().__init__(name, every_n_steps=every_n_steps, batch_size=batch_size, **numbers)
+        self.sampler, self.guidance, self.data = sampler, guidance, data
+        self.batch_size, self.seed = batch_size, seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the guidance to the task, and raise ValueError for a sampler that this schedule or space cannot have."""
+        super().on_train_start(trainer, pl_module)
+        self.sampler.timesteps(pl_module.diffusion.schedule)  # a grid that does not fit fails now, not in an hour
+        sampler_for(self.sampler, latents=pl_module.autoencoder is not None)
+        conditional = pl_module.net.num_classes is not None or pl_module.conditioner is not None
+        settings = {"conditional": conditional, "condition_drop": pl_module.condition_drop}
+        self.guidance = with_classifier(
+            guidance_for(self.guidance, **settings),
+            pl_module.diffusion,
+            shape=self.data.shape,
+            num_classes=classes_of(pl_module.net, pl_module.conditioner),
+            autoencoder=pl_module.autoencoder,
+            device=pl_module.device,
+        )
+        if trainer.is_global_zero:
+            say_guidance(self.guidance, self.sampler)
+
+    def draw(self, trainer: Trainer, task: LightningModule) -> None:
+        """Call `draw_at_rest`; samples that are not finite are a warning, because training may still get there."""
+        training = task.model.training
+        task.model.eval()
+        try:
+            self.draw_at_rest(trainer, task)
+        except (NonFiniteSamples, NonFiniteGradient) as error:
+            rank_zero_warn(f"no samples at step {trainer.global_step}: {error}")
+        finally:
+            task.model.train(training)
+
+    def draw_at_rest(self, trainer: Trainer, task: LightningModule) -> None:
+        """Draw and keep samples while the model is in evaluation mode."""
+        raise NotImplementedError
+
+    def weights(self, trainer: Trainer, task: LightningModule) -> Iterator[tuple[str, AbstractContextManager]]:
+        """Yield a name and a context for the raw weights and, where there is one, for the first average."""
+        yield "raw", nullcontext()
+        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        if ema is not None:
+            yield "ema", ema.swapped(task.model)
+
+    def drawn(
+        self, trainer: Trainer, task: LightningModule, count: int, asked: Mapping[str, Sequence[Any]]
+    ) -> Iterator[Batch]:
+        """Draw `count` samples, a batch at a time, of what is `asked`: by batch entry, a value a sample."""
+        inputs = {name: asked[name] for name in (task.conditioner.entries if task.conditioner else ())}
+        return batches(
+            task.net,
+            task.diffusion,
+            self.sampler,
+            self.guidance,
+            num_samples=count,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            labels=asked.get("label") if task.net.num_classes is not None or self._guides_by_label else None,
+            inputs=inputs or None,
+            shape=self.data.shape,
+            conditioner=task.conditioner,
+            autoencoder=task.autoencoder,
+            device=task.device,
+            dtype=HALF.get(trainer.precision, torch.float32),
+        )
+
+    def entries(self, task: LightningModule) -> set[str]:
+        """Return what a sample is asked for, as a batch names it: "label", "caption", "image"."""
+        entries = set(task.conditioner.entries if task.conditioner else ())
+        return entries | ({"label"} if task.net.num_classes is not None or self._guides_by_label else set())
+
+    def shown(self, entries: set[str], count: int, **instead: Sequence[Any]) -> dict[str, list[Any]]:
+        """Return these entries of the first `count` validation samples; ValueError where the data lack one."""
+        found: dict[str, list[Any]] = {entry: list(instead.get(entry, ())) for entry in entries}
+        for start in range(0, count, self.batch_size):
+            keys = [(0, index) for index in range(start, min(start + self.batch_size, count))]
+            samples = self.data.val_set.__getitems__(keys)
+            if lacking := sorted(entries - samples.keys() - instead.keys()):
+                raise ValueError(f"the data's samples have no {' and no '.join(lacking)}, which this model is told")
+            for entry in entries - instead.keys():
+                found[entry] += samples[entry].tolist() if entry == "label" else list(samples[entry])
+        return found
+
+    def num_classes(self, task: LightningModule) -> int | None:
+        """Return how many classes samples can be asked for, by the model or by a classifier that guides it."""
+        return classes_asked(task.net, task.conditioner, self.guidance)
+
+    @property
+    def _guides_by_label(self) -> bool:
+        return isinstance(self.guidance, ClassifierGuidance)
+
+
+class SampleGrid(Drawing):
     """Draw a picture every `every_n_steps` optimizer steps and at the last one: a row a condition, a column a seed.
 
     `data` gives the shape (C, H, W), and the first samples of its validation set give the conditions of models that
@@ -55,78 +167,25 @@ class SampleGrid(Pictures):
         batch_size: int = 128,
         seed: int = 0,
     ) -> None:
-        super().__init__("samples", every_n_steps=every_n_steps, rows=rows, columns=columns, batch_size=batch_size)
-        self.sampler, self.guidance, self.data = sampler, guidance, data
-        self.classes, self.prompts, self.seed = classes, prompts, seed
-        self.rows, self.columns, self.batch_size = rows, columns, batch_size
+        own = {"every_n_steps": every_n_steps, "batch_size": batch_size, "seed": seed, "rows": rows, "columns": columns}
+        super().__init__("samples", sampler, guidance, data=data, **own)
+        self.classes, self.prompts, self.rows, self.columns = classes, prompts, rows, columns
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fit the guidance to the task, and raise ValueError for a sampler that this schedule or space cannot have."""
-        super().on_train_start(trainer, pl_module)
-        self.sampler.timesteps(pl_module.diffusion.schedule)  # a grid that does not fit fails now, not in an hour
-        sampler_for(self.sampler, latents=pl_module.autoencoder is not None)
-        conditional = pl_module.net.num_classes is not None or pl_module.conditioner is not None
-        settings = {"conditional": conditional, "condition_drop": pl_module.condition_drop}
-        self.guidance = with_classifier(
-            guidance_for(self.guidance, **settings),
-            pl_module.diffusion,
-            shape=self.data.shape,
-            num_classes=classes_of(pl_module.net, pl_module.conditioner),
-            autoencoder=pl_module.autoencoder,
-            device=pl_module.device,
-        )
-        if trainer.is_global_zero:
-            say_guidance(self.guidance, self.sampler)
-
-    def draw(self, trainer: Trainer, task: LightningModule) -> None:
+    def draw_at_rest(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw, write and log one picture of the raw weights and one of the first average."""
-        training = task.model.training
-        task.model.eval()
-        try:
-            for name, weights in self._weights(trainer, task):
-                with weights:
-                    images, captions = self._images(trainer, task)
-                show(trainer, name, grid(images, self.columns, captions=captions))
-        except (NonFiniteSamples, NonFiniteGradient) as error:  # training may still get there
-            rank_zero_warn(f"no sample picture at step {trainer.global_step}: {error}")
-        finally:
-            task.model.train(training)
-
-    def _weights(self, trainer: Trainer, task: LightningModule) -> Iterator[tuple[str, AbstractContextManager]]:
-        yield "raw", nullcontext()
-        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-        if ema is not None:
-            yield "ema", ema.swapped(task.model)
+        for name, weights in self.weights(trainer, task):
+            with weights:
+                images, captions = self._images(trainer, task)
+            show(trainer, name, grid(images, self.columns, captions=captions))
 
     def _images(self, trainer: Trainer, task: LightningModule) -> tuple[np.ndarray, list[str] | None]:
         """Return uint8 images (rows * columns, H, W, C), row after row, and the captions of rows that have some."""
         asked = {name: self._repeated(values) for name, values in self._conditions(task).items()}
-        labels = asked.get("label")
-        inputs = {name: asked[name] for name in (task.conditioner.entries if task.conditioner else ())}
-        drawn = batches(
-            task.net,
-            task.diffusion,
-            self.sampler,
-            self.guidance,
-            num_samples=self.columns * (self.rows if not asked else len(next(iter(asked.values()))) // self.columns),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            labels=labels if task.net.num_classes is not None or self._guides_by_label else None,
-            inputs=inputs or None,
-            shape=self.data.shape,
-            conditioner=task.conditioner,
-            autoencoder=task.autoencoder,
-            device=task.device,
-            dtype=HALF.get(trainer.precision, torch.float32),
-        )
-        images = np.concatenate([to_uint8(batch.images) for batch in drawn])
-        if "caption" not in inputs:
+        count = self.columns * self.rows if not asked else len(next(iter(asked.values())))
+        images = np.concatenate([to_uint8(batch.images) for batch in self.drawn(trainer, task, count, asked)])
+        if "caption" not in asked:
             return images, None
-        return images, [text if i % self.columns == 0 else "" for i, text in enumerate(inputs["caption"])]
-
-    @property
-    def _guides_by_label(self) -> bool:
-        return isinstance(self.guidance, ClassifierGuidance)
+        return images, [text if i % self.columns == 0 else "" for i, text in enumerate(asked["caption"])]
 
     def _repeated(self, values: Sequence[Any]) -> list[Any]:
         """Repeat a row's value for each of its columns."""
@@ -134,20 +193,13 @@ class SampleGrid(Pictures):
 
     def _conditions(self, task: LightningModule) -> dict[str, list[Any]]:
         """Return what the rows ask for, by batch entry: classes in turn, or what validation samples show."""
-        entries = set(task.conditioner.entries if task.conditioner else ())
-        if task.net.num_classes is not None or self._guides_by_label:
-            entries.add("label")
+        entries = self.entries(task)
         if not entries:
             return {}
         if entries == {"label"}:
-            return {"label": self._classes(classes_asked(task.net, task.conditioner, self.guidance))}
+            return {"label": self._classes(self.num_classes(task))}
         rows = len(self.prompts) if self.prompts else min(self.rows, len(self.data.val_set))
-        shown = self.data.val_set.__getitems__([(0, index) for index in range(rows)])
-        if self.prompts:
-            shown["caption"] = list(self.prompts)
-        if lacking := sorted(entry for entry in entries if entry not in shown):
-            raise ValueError(f"the data's samples have no {' and no '.join(lacking)}, which this model is told")
-        return {entry: shown[entry].tolist() if entry == "label" else list(shown[entry]) for entry in entries}
+        return self.shown(entries, rows, **({"caption": list(self.prompts)} if self.prompts else {}))
 
     def _classes(self, num_classes: int) -> list[int]:
         if self.classes is not None:
