@@ -6,6 +6,8 @@
     uv run sample.py checkpoint=FILE prompt="a small red star on a blue background" negative_prompt="a circle"
     uv run sample.py sampler=ddpm guidance=none
     uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
+    uv run sample.py out_dir=outputs/many num_samples=50000 devices=8   # on 8 GPUs; stopped, the same command goes on
+    uv run torchrun --nproc-per-node=8 sample.py out_dir=outputs/many num_samples=50000          # or so, or with srun
     uv run sample.py num_samples=500 metrics=[fid,kid,precision,recall] reference=digits features=pixels
     uv run sample.py samples=FOLDER_OR_NPZ metrics=[fid] reference=FOLDER_OR_NPZ    # measures, and draws nothing
 
@@ -13,34 +15,51 @@ out_dir gets grid.png, samples.npz (arr_0 uint8 images NHWC, arr_1 int64 labels)
 says in its PNG text how it was made, config.yaml and, with metrics=, metrics.json.
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from omegaconf import DictConfig
 
 from diffusion.cli import command
 
+if TYPE_CHECKING:
+    from diffusion.processes import Team
 
-@command("sample", __doc__, folder="out_dir", texts=("prompt", "negative_prompt"))
-def main(cfg: DictConfig) -> None:
-    """Load, build, sample, write, and measure."""
+
+def draw(config: dict[str, Any], team: "Team") -> Path:
+    """Load, build, sample and write, as one of the processes that share the work; return what is to be measured."""
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     from diffusion.checkpoint import load_model
-    from diffusion.evaluation.command import check_wanted, evaluation_for, measure
+    from diffusion.evaluation.command import check_wanted, evaluation_for
     from diffusion.sample_folder import sample_to_folder
 
-    config = OmegaConf.to_container(cfg, resolve=True)
     evaluation = evaluation_for(config)
     if config["samples"] is not None:
-        print(measure(evaluation, config["samples"]))
-        return
+        return Path(config["samples"])
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
     model = load_model(config["checkpoint"], buildable=config["buildable"], autoencoder=config["autoencoder"])
     if evaluation is not None:
         check_wanted(evaluation, model.facts["shape"], config["num_samples"])
-    out_dir = sample_to_folder(model, sampler, guidance, config)
-    print(out_dir)
-    if evaluation is not None:
-        print(measure(evaluation, out_dir))
+    return sample_to_folder(model, sampler, guidance, config, team)
+
+
+@command("sample", __doc__, folder="out_dir", texts=("prompt", "negative_prompt"))
+def main(cfg: DictConfig) -> None:
+    """Sample in as many processes as there are, and measure in one."""
+    from omegaconf import OmegaConf
+
+    from diffusion.evaluation.command import evaluation_for, measure
+    from diffusion.processes import together
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    images = together(draw, config, devices=1 if config["samples"] else config["devices"])
+    if images is None:  # another process goes on
+        return
+    if config["samples"] is None:
+        print(images)
+    if (evaluation := evaluation_for(config)) is not None:
+        print(measure(evaluation, images))
 
 
 if __name__ == "__main__":

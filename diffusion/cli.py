@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import sys
+import time
 import types
 import typing
 import warnings
@@ -99,7 +100,9 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> No
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
             if verbose or sweeping:  # a sweep runs its other jobs first; Hydra then names the job that failed
                 raise
-            stop(explain(error), traceback_hint=not typed_wrong)
+            if typed_wrong:
+                stop_together(explain(error))
+            stop(explain(error), traceback_hint=True)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
@@ -107,7 +110,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> No
         if verbose:
             raise
         diagnosis = diagnose(sys.argv[1:], config_name)
-        stop(diagnosis or explain(error), traceback_hint=diagnosis is None)
+        stop_together(diagnosis or explain(error), traceback_hint=diagnosis is None)
 
 
 def read_words(arguments: list[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +148,14 @@ def stop(message: str, *, traceback_hint: bool = False) -> NoReturn:
     hint = " [DIFFUSION_TRACEBACK=1 shows where]" if traceback_hint else ""
     print(f"error: {message}{hint}", file=sys.stderr)
     raise SystemExit(MISTAKE)
+
+
+def stop_together(message: str, *, traceback_hint: bool = False) -> NoReturn:
+    """End with an error that every process of a job finds in its command, and let the first one alone say it."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        time.sleep(2)  # torchrun ends all processes when one has ended; the first is to finish its sentence
+        raise SystemExit(MISTAKE)
+    stop(message, traceback_hint=traceback_hint)
 
 
 def format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:

@@ -6,7 +6,7 @@ Shared by sample.py and by the pictures made during training. Image i depends on
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -380,6 +380,13 @@ def padded(values: Sequence[Any], multiple: int) -> list[Any]:
     return [*values, *[values[-1]] * (-len(values) % multiple)]
 
 
+def whole(batch_size: int, pad_to: int) -> int:
+    """Return a batch size raised to the next multiple of `pad_to`: a smaller batch would cost as much."""
+    check_count("batch_size", batch_size)
+    check_count("pad_to", pad_to)
+    return batch_size + -batch_size % pad_to
+
+
 def batches(
     net: nn.Module,
     diffusion: GaussianDiffusion,
@@ -392,17 +399,27 @@ def batches(
     labels: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     negative: Inputs | None = None,
+    pad_to: int = 1,
+    numbers: Iterable[int] | None = None,
+    on_step: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> Iterator[Batch]:
-    """Draw `num_samples` samples, seeded seed, seed + 1, ..., a batch at a time; `settings` are those of `generate`."""
-    check_count("batch_size", batch_size)
-    for start in range(0, num_samples, batch_size):
-        some = slice(start, min(start + batch_size, num_samples))
+    """Draw `num_samples` samples, seeded seed, seed + 1, ..., a batch at a time; `settings` are those of `generate`.
+
+    `numbers` asks for some of the batches; whichever these are, batch i holds the samples from i times
+    `whole(batch_size, pad_to)` on. `on_step` gets the number of samples that made a step.
+    """
+    starts = range(0, num_samples, whole(batch_size, pad_to))
+    for start in starts if numbers is None else (starts[number] for number in numbers):
+        some = slice(start, min(start + starts.step, num_samples))
         seeds = list(range(seed + some.start, seed + some.stop))
         asked = {
             "labels": None if labels is None else list(labels[some]),
             "inputs": None if inputs is None else {name: list(values[some]) for name, values in inputs.items()},
             "negative": None if negative is None else {name: list(values[some]) for name, values in negative.items()},
         }
-        images = generate(net, diffusion, sampler, guidance, seeds=seeds, **asked, **settings)
+        count = None if on_step is None else partial(on_step, len(seeds))
+        images = generate(
+            net, diffusion, sampler, guidance, seeds=seeds, **asked, pad_to=pad_to, on_step=count, **settings
+        )
         yield Batch(seeds, asked["labels"], images, asked["inputs"])

@@ -6,7 +6,8 @@ The one place where [-1, 1] becomes 0..255, and where grids, PNG files with thei
 import json
 import math
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,31 @@ def read_text(path: str | Path) -> dict[str, Any]:
     return json.loads(stored)
 
 
-def save_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | None = None) -> None:
-    """Write guided-diffusion's sample format: arr_0 uint8 (N, H, W, C), arr_1 int64 (N,) where there are labels."""
-    arrays = [images] if labels is None else [images, np.asarray(labels, dtype=np.int64)]
-    with atomic_write(path) as partial, open(partial, "wb") as file:
-        np.savez(file, *arrays)
+def save_npz(
+    path: str | Path,
+    images: np.ndarray | Iterable[np.ndarray],
+    labels: Sequence[int] | None = None,
+    *,
+    count: int | None = None,
+) -> None:
+    """Write guided-diffusion's sample format: arr_0 uint8 (N, H, W, C), arr_1 int64 (N,) where there are labels.
+
+    The images may come block by block, so that one block at a time is in memory; `count` then says how many will come.
+    The bytes are those of `np.savez`.
+    """
+    blocks = [images] if isinstance(images, np.ndarray) else images
+    count = len(images) if count is None else count
+    with atomic_write(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            written = 0
+            for block in blocks:
+                if not written:
+                    header = {"descr": block.dtype.str, "fortran_order": False, "shape": (count, *block.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(block).data)
+                written += len(block)
+        if written != count:
+            raise ValueError(f"{count} images were announced for {path}, and {written} came")
+        if labels is not None:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))

@@ -217,7 +217,7 @@ MATHS = {
     *("timestep_samplers", "likelihood", "autoencoder_losses"),
 }
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "tensorboard"}
-MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint")
+MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint", "processes")
 MODULES = sorted((ROOT / "diffusion").rglob("*.py"))
 
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,6 +24,7 @@ from diffusion.data.images import ImageSet, KeyedSet
 from diffusion.data.listing import some
 from diffusion.data.table import TEXT, Column, TableWriter
 from diffusion.latents import encode_moments, is_deterministic
+from diffusion.progress import WorkBar
 
 FORMAT = "diffusion-latents"
 FORMAT_VERSION = 1
@@ -65,7 +64,7 @@ class LatentBuild:
             _save(self.folder / PROGRESS, self.begun)
         home = next(self.autoencoder.parameters()).device
         self.autoencoder.to(device)
-        bar = EncodingBar(self.total, sum(self.done.values()))
+        bar = WorkBar(self.total, sum(self.done.values()), doing="encoding", done="encoded")
         try:
             with bar:
                 for name, images in self.sets.items():
@@ -85,7 +84,7 @@ class LatentBuild:
             _save(self.folder / MANIFEST, self._manifest())
             (self.folder / PROGRESS).unlink()
 
-    def _write(self, name: str, encoded: Iterator[dict[str, Any]], bar: "EncodingBar") -> None:
+    def _write(self, name: str, encoded: Iterator[dict[str, Any]], bar: WorkBar) -> None:
         """Append rows to one table, noting now and then on disk how many it surely has."""
         with self._writing():
             writer = TableWriter(self.folder, name, len(self.sets[name]), self.columns[name], done=self.done[name])
@@ -230,44 +229,6 @@ def _in_order(images: KeyedSet, start: int, batch_size: int, num_workers: int, *
         pin_memory=pin,
         generator=torch.Generator(),  # nothing is drawn from the global one
     )
-
-
-class EncodingBar:
-    """How many images are encoded, how fast and how long still; in a log file, a line now and then."""
-
-    def __init__(self, total: int, done: int, *, seconds_a_line: float = 20.0) -> None:
-        self.total, self.done, self.seconds_a_line = total, done, seconds_a_line
-        self._first, self._started = done, time.monotonic()
-        self._printed = self._started
-        self._bar = Progress(
-            TextColumn("encoding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("encoding", total=total, completed=done, speed="")
-
-    def __enter__(self) -> "EncodingBar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def advance(self, number: int) -> None:
-        """Count `number` images more; without a terminal, print a line now and then."""
-        self.done += number
-        now = time.monotonic()
-        a_second = (self.done - self._first) / max(now - self._started, 1e-9)
-        speed = f"{a_second:,.{0 if a_second >= 10 else 2}f} images/s"
-        self._bar.update(self._task, completed=self.done, speed=speed)
-        if self._bar.disable and (now - self._printed >= self.seconds_a_line or self.done == self.total):
-            self._printed = now
-            print(f"encoded {self.done}/{self.total} images  {speed}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
