@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion.checkpoint import LoadedClassifier, LoadedModel, load_classifier, weights_hash
 from diffusion.denoiser import NULL_LABEL
-from diffusion.guidance import ClassifierGuidance, NoGuidance
+from diffusion.guidance import ClassifierGuidance, NoGuidance, is_noise, within
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import SampleNoise, Sampler
 
@@ -221,11 +221,17 @@ def check_same_space(name: str, latents_of: Mapping[str, Any] | None, autoencode
         )
 
 
-def say_guidance(guidance: Any, sampler: Sampler) -> None:
-    """Say on stderr, where a classifier guides, in which form the sampler lets it."""
-    if isinstance(guidance, ClassifierGuidance):
-        form = "shifts the mean (DDPM)" if sampler.shifts_mean else "bends the score (DDIM, ODE solvers)"
-        print(f"{guidance.name} guides: it {form}, classifier_scale={guidance.classifier_scale}", file=sys.stderr)
+def say_guidance(guidance: Any, sampler: Sampler, diffusion: GaussianDiffusion) -> None:
+    """Say on stderr, where a classifier guides, in which form the sampler lets it, and at which timesteps not."""
+    if not isinstance(guidance, ClassifierGuidance):
+        return
+    form, noise = "shifts the mean (DDPM)", []
+    if not sampler.shifts_mean:
+        form = "bends the score (DDIM, ODE solvers)"
+        grid = sampler.timesteps(diffusion.schedule)[:-1]
+        noise = [t for t in grid if within(guidance.interval, t) and is_noise(diffusion.schedule.level(t))]
+    where = f", but not at timestep {', '.join(map(str, noise))}, which is noise only" if noise else ""
+    print(f"{guidance.name} guides: it {form}, classifier_scale={guidance.classifier_scale:g}{where}", file=sys.stderr)
 
 
 def guidance_for(guidance: Any, *, conditional: bool, condition_drop: float) -> Any:

@@ -19,6 +19,9 @@ from .schedule import Level
 
 Levels = Callable[[int | float | Tensor], Level]
 Interval = tuple[float, float] | None  # the timesteps low <= t <= high at which guidance is on; None: all
+# An image of 256x256 says less than a tenth of a nat about anything at this alpha^2 / sigma^2. Cosine schedules end
+# far below it: there, a classifier's score would be its error, multiplied by thousands.
+LEAST_SNR = 1e-6
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Gradient = Callable[[Tensor, int | float | Tensor], Tensor | None]  # of log p(label | x_t), by (x, t); None: not now
 
@@ -323,21 +326,20 @@ def check_same_noise(classifier: GaussianDiffusion, denoiser: GaussianDiffusion,
         )
 
 
-def classifier_score(denoise: Denoiser, log_prob_grad: Gradient, level: Levels, *, scale: float = 1.0) -> Denoiser:
+def classifier_score(
+    denoise: Denoiser, log_prob_grad: Gradient, level: Levels, *, scale: float = 1.0, least_snr: float = 0.0
+) -> Denoiser:
     """Guide eps by the classifier's gradient (2105.05233, algorithm 2): for DDIM and ODE solvers.
 
-    `log_prob_grad(x, t)` is the gradient of log p(label | x_t) with respect to x_t. It acts on both currencies, so
-    that x0 is not found from eps by a division by a small alpha. At zero SNR, where x_t says nothing about any label
-    and x0 cannot be found from eps, there is nothing to be guided by.
+    `log_prob_grad(x, t)` is the gradient of log p(label | x_t) with respect to x_t. Where alpha^2 / sigma^2 is
+    `least_snr` or less, the belief stays as it is: x0 moves by sigma^2 / alpha times the gradient, and a trained
+    classifier does not know well enough that the true gradient falls as fast as alpha (see `LEAST_SNR`).
     """
     check_scale("classifier_scale", scale)
 
     def guided(x: Tensor, t: int | float | Tensor) -> Prediction:
         p, at = denoise(x, t), level(t).to(x)
-        if not isinstance(at.alpha, Tensor) and at.alpha == 0:
-            return p
-        gradient = log_prob_grad(x, t)
-        if gradient is None:
+        if is_noise(at, least_snr) or (gradient := log_prob_grad(x, t)) is None:
             return p
         push = scale * at.sigma
         return Prediction(
@@ -345,6 +347,11 @@ def classifier_score(denoise: Denoiser, log_prob_grad: Gradient, level: Levels, 
         )
 
     return guided
+
+
+def is_noise(at: Level, least_snr: float = LEAST_SNR) -> bool:
+    """Say whether x_t at this level, one for all samples, has no more signal than that."""
+    return not isinstance(at.alpha, Tensor) and at.alpha**2 <= least_snr * at.sigma**2
 
 
 def clip_x0(denoise: Denoiser, level: Levels, *, bound: float = 1.0, keep_eps: bool = False) -> Denoiser:

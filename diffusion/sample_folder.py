@@ -104,7 +104,7 @@ def checked(
     sampler_for(sampler, latents=model.autoencoder is not None)
     sampler.timesteps(model.diffusion.schedule)
     if team.first:
-        say_guidance(guidance, sampler)
+        say_guidance(guidance, sampler, model.diffusion)
     batch = whole(config["batch_size"], config["pad_to"])
     if (count := -(-config["num_samples"] // batch)) < team.size:
         warnings.warn(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Gradient, Levels, classifier_score, clip_x0, threshold_x0
+from .guidance import LEAST_SNR, Gradient, Levels, classifier_score, clip_x0, threshold_x0
 from .process import (
     VARIANCE_ALIASES,
     VARIANCES,
@@ -197,7 +197,7 @@ class Sampler:
         """Yield every State from x ~ N(0, 1) at the first timestep to `final`. Errors come before the first step.
 
         `log_prob_grad(x, t)` is what a classifier guides by, its scale included (`ClassifierGuidance.log_prob_grad`);
-        `shifts_mean` says how. Its score is not clipped again.
+        `shifts_mean` says how. Its score is not clipped again, and none is asked for where x_t is noise (`LEAST_SNR`).
         """
         level = diffusion.schedule.level
         if self.clip in ("auto", "clip"):
@@ -207,7 +207,7 @@ class Sampler:
         if log_prob_grad is not None and self.shifts_mean:
             step_kwargs["shift"] = log_prob_grad
         elif log_prob_grad is not None:
-            denoise = classifier_score(denoise, log_prob_grad, level)
+            denoise = classifier_score(denoise, log_prob_grad, level, least_snr=LEAST_SNR)
         return sample(
             denoise,
             x,

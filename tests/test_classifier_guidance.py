@@ -201,6 +201,25 @@ def test_at_zero_snr_nothing_guides_the_score():
     assert T - 1 not in guidance.net.asked and len(guidance.net.asked) == 9
 
 
+def test_where_x_is_noise_only_the_score_is_not_asked_for_and_the_log_says_so(capsys):
+    """A cosine schedule ends at alpha = 5e-5: there the score form divides by it what the classifier does not know."""
+    diffusion, data = GaussianDiffusion(cosine(1000), "x0"), Classes.make()
+    x, level, plain = normal(SHAPE, 1), diffusion.schedule.level, denoiser(diffusion, data.net(diffusion))
+    asked = {}
+    for eta in (0.0, 1.0):
+        guidance, sampler = ClassifierGuidance(classifier=data.classifier(diffusion)), Sampler(10, eta=eta, clip=None)
+        push = guidance.log_prob_grad(diffusion, x, LABELS)
+        walk(sampler, diffusion, plain, push)
+        asked[eta] = guidance.net.asked.copy()
+        say_guidance(guidance, sampler, diffusion)
+        say_guidance(replace(guidance, interval=(0, 998)), sampler, diffusion)
+    assert asked[1.0] == [999, *asked[0.0]] and len(asked[0.0]) == 9
+    lines = capsys.readouterr().err.splitlines()
+    assert ["not at timestep 999" in line for line in lines] == [True, False, False, False]
+    by_the_paper = classifier_score(plain, push, level)(x, 999)
+    assert torch.allclose(by_the_paper.x0, data.of(LABELS).denoiser(level)(x, 999).x0, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the mean-shift form
 
@@ -278,12 +297,13 @@ def test_the_mean_shift_tends_to_the_conditional_model_as_steps_become_short():
 def test_the_sampler_chooses_the_form_and_says_so(eta, shifts, capsys):
     sampler = Sampler(10, eta=eta)
     assert sampler.shifts_mean is shifts
-    say_guidance(ClassifierGuidance(classifier=lambda x, t: x, classifier_scale=4.0), sampler)
+    diffusion = GaussianDiffusion(linear(T))
+    say_guidance(ClassifierGuidance(classifier=lambda x, t: x, classifier_scale=4.0), sampler, diffusion)
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "classifier_scale=4.0" in line
+    assert line.count("\n") == 1 and line.endswith("classifier_scale=4\n")
     assert ("shifts the mean (DDPM)" in line) is shifts and ("bends the score" in line) is not shifts
     for other in (NoGuidance(), ClassifierFreeGuidance(2.0)):
-        say_guidance(other, sampler)
+        say_guidance(other, sampler, diffusion)
     assert capsys.readouterr().err == ""
 
 

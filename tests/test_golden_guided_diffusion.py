@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from golden_cases import Case, assert_close, load, names
 
 from diffusion.denoiser import denoiser
-from diffusion.guidance import ClassifierGuidance, classifier_score, clip_x0
+from diffusion.guidance import ClassifierGuidance, classifier_score, clip_x0, is_noise
 from diffusion.likelihood import (
     approximate_normal_cdf,
     bits_per_dim,
@@ -398,8 +398,9 @@ def test_whole_loops(name):
         variance=None if ddpm else "posterior",
         clip="clip" if config["clip_denoised"] else None,
     )
-    if push is not None and sampler.shifts_mean and not ddpm:
-        # The peer's DDIM at eta = 1 takes the score, where ours is DDPM: the same wrappers by hand.
+    starts_in_noise = is_noise(level(sampler.timesteps(diffusion.schedule)[0]))
+    if push is not None and not ddpm and (sampler.shifts_mean or starts_in_noise):
+        # The peer's DDIM takes the score at eta = 1, too, where ours is DDPM, and in noise: the same wrappers by hand.
         denoise = classifier_score(clip_x0(denoise, level) if sampler.clip else denoise, push, level)
         sampler, push = replace(sampler, clip=None), None
     states = sampler.states(diffusion, denoise, x, noise=lambda x: next(noises), log_prob_grad=push)

@@ -72,7 +72,7 @@ class Drawing(Pictures):
             device=pl_module.device,
         )
         if trainer.is_global_zero:
-            say_guidance(self.guidance, self.sampler)
+            say_guidance(self.guidance, self.sampler, pl_module.diffusion)
 
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Call `draw_at_rest`; samples that are not finite are a warning, because training may still get there."""
