@@ -19,7 +19,7 @@ BELONGING = ("samples", "reference", "inception_weights", "resize")
 
 
 def evaluation_for(
-    config: Mapping[str, Any], *, device: str | None = None, reference: Reference | None = None
+    config: Mapping[str, Any], *, device: str | None = None, reference: Reference | None = None, silent: bool = False
 ) -> Evaluation | None:
     """Build what the settings ask for, with features and reference in place; None where `metrics` is empty.
 
@@ -43,7 +43,9 @@ def evaluation_for(
         )
     extractor = choose_features(str(config["features"]), inception_weights=config["inception_weights"], device=place)
     batch_size = config["batch_size"]
-    return Evaluation(metrics, extractor, reference, resize=config["resize"], batch_size=batch_size, device=place)
+    return Evaluation(
+        metrics, extractor, reference, resize=config["resize"], batch_size=batch_size, device=place, silent=silent
+    )
 
 
 def measure(evaluation: Evaluation, path: str | Path) -> str:

@@ -5,6 +5,7 @@ Only features are kept, one batch of images after the other. torch-fidelity is i
 
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.evaluation.reference import Images
+from diffusion.progress import WorkBar
 
 POOLED, LOGITS, SPATIAL = "pooled", "logits", "spatial"
 LAYERS = {POOLED: "features", LOGITS: "class probabilities", SPATIAL: "spatial features"}
@@ -64,32 +66,36 @@ def extracted(
     channels: int,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    silent: bool = True,
 ) -> Features:
     """Return the named layers of all images, which are repeated from grey to RGB where `channels` is 3.
 
-    Raises ValueError for features that are not finite.
+    `silent` False shows a bar. Raises ValueError for features that are not finite.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     kept: Features = {}
     done = 0
-    steps = -(-images.count // batch_size)
-    title = f"features of {images.count} images"
-    for batch in track(images.read(batch_size), title, total=steps, console=Console(stderr=True), disable=steps < 2):
-        x = torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device)
-        with torch.inference_mode():
+    bar = None if silent else WorkBar(images.count, doing="extracting features", done="extracted features of")
+    with bar or nullcontext(), torch.inference_mode():
+        for batch in images.read(batch_size):
+            x = torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device)
             found = extractor.extract(x.expand(-1, channels, -1, -1))
-        for layer in layers:
-            values = found[layer].float().cpu()
-            if broken := torch.nonzero(~values.isfinite().all(1)).flatten().tolist():
-                raise ValueError(
-                    f"the {LAYERS[layer]} ({extractor.name}) of {len(broken)} images of {images.source} are not "
-                    f"finite, first of image {done + broken[0]}; the weights may be damaged, or of a run that diverged"
-                )
-            kept.setdefault(layer, torch.empty(images.count, values.shape[1]))[done : done + len(values)] = values
-        done += len(batch)
+            for layer in layers:
+                values = found[layer].float().cpu()
+                _check_finite(values, f"the {LAYERS[layer]} ({extractor.name})", images.source, done)
+                kept.setdefault(layer, torch.empty(images.count, values.shape[1]))[done : done + len(values)] = values
+            done += len(batch)
+            if bar is not None:
+                bar.advance(len(batch))
     return kept
+
+
+def _check_finite(values: Tensor, what: str, source: str, first: int) -> None:
+    """Raise ValueError for values (B, D) that are not finite; `first` is the number of the batch's first image."""
+    if broken := torch.nonzero(~values.isfinite().all(1)).flatten().tolist():
+        raise ValueError(
+            f"{what} of {len(broken)} images of {source} are not finite, first of image {first + broken[0]}; the "
+            "weights may be damaged, or of a run that diverged"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,8 +215,9 @@ def check_inception(path: Path) -> None:
     """Raise ValueError unless a file holds weights and nothing that could run; the library itself would unpickle it."""
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or holds more than weights ({str(error).splitlines()[0]})") from error
+    except (LookupError, TypeError, ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or holds more than weights ({reason})") from error
     if not isinstance(state, Mapping) or "Mixed_7c.branch1x1.conv.weight" not in state or "fc.weight" not in state:
         keys = ", ".join(map(str, list(state)[:3])) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(

@@ -65,10 +65,11 @@ class Evaluation:
         resize: int | None = None,
         batch_size: int = 64,
         device: torch.device | str = "cpu",
+        silent: bool = True,
     ) -> None:
         self.metrics = check_metrics(metrics)
         self.extractor, self.reference, self.resize = extractor, reference, resize
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.silent = batch_size, device, silent
         self._kept: tuple[int, Features] | None = None  # channels and features of the reference's images
         self._check_layers()
         check_compared(self.metrics, reference)
@@ -188,6 +189,7 @@ class Evaluation:
             channels=channels,
             batch_size=self.batch_size,
             device=self.device,
+            silent=self.silent,
         )
 
     def _stored(self) -> dict[str, Statistics]:
@@ -255,7 +257,8 @@ class Evaluation:
         images = None if self.reference is None else self.reference.images
         said = {}
         if "kid" in self.metrics:
-            said["kid"] = f"{KID_SUBSETS} subsets of {min(KID_SUBSET_SIZE, count, images.count)}, seed {SEED}"
+            subsets, size = kid_subsets(count, images.count)
+            said["kid"] = f"{subsets} subsets of {size}, seed {SEED}" if subsets > 1 else f"all {size} at once"
         if "is" in self.metrics:
             said["is"] = f"{is_splits(count)} splits, shuffled by seed {SEED}"
         if {"precision", "recall"} & set(self.metrics):
@@ -290,14 +293,23 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Unbiased squared MMD with the kernel (x y / D + 1)^3, its mean and standard deviation over subsets (1801.01401).
 
-    Subsets have 1,000 images of each side, or as many as the smaller one has.
+    The subsets are those of `kid_subsets`.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = min(KID_SUBSET_SIZE, len(a), len(b))
-    settings = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
+    subsets, size = kid_subsets(len(a), len(b))
+    settings = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
     found = kid_features_to_metric(a.double(), b.double(), **settings)
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+def kid_subsets(count: int, others: int) -> tuple[int, int]:
+    """How many subsets of how many images of each side KID takes: 100 of 1,000, or of as many as the smaller side has.
+
+    Where that is all of both, one: KID is then that of the whole sets.
+    """
+    size = min(KID_SUBSET_SIZE, count, others)
+    return (1 if size == count == others else KID_SUBSETS), size
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:

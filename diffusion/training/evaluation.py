@@ -88,7 +88,7 @@ class SampleMetrics(Drawing):
                 name=type(self.data).__name__,
                 resize=self.settings["resize"],
             )
-        self.evaluation = evaluation_for(self.settings, device=str(pl_module.device), reference=own)
+        self.evaluation = evaluation_for(self.settings, device=str(pl_module.device), reference=own, silent=True)
         check_wanted(self.evaluation, self.data.shape, self.num_samples)
         print(self.cost(trainer, pl_module), file=sys.stderr)
 
