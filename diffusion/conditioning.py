@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from diffusion.denoiser import NULL_LABEL
 from diffusion.models.text import TextTransformer
 from diffusion.models.vision import PatchEncoder
+from diffusion.process import q_sample
+from diffusion.sampling import Noise
+from diffusion.schedule import Level
 from diffusion.tokenizer import ClipTokenizer
 
 
@@ -30,6 +33,8 @@ class Conditioner(nn.Module, ABC):
     entry: str
     provides: dict[str, int]
     num_classes: int | None = None  # where a label is read
+    low_size: tuple[int, int] | None = None  # (H, W) of the images it takes, where that is not the training images'
+    train_noise: tuple[float, float] = (0.0, 0.0)  # levels of noise on the condition that training shows, low and high
 
     @abstractmethod
     def prepare(self, values: Any) -> Tensor:
@@ -60,6 +65,14 @@ class Conditioner(nn.Module, ABC):
                 "choose data that have it, or another conditioner"
             )
         return self.prepare(batch[self.entry])
+
+    def augmented(self, prepared: Tensor, draws: torch.Generator) -> Tensor:
+        """What training shows of `prepared`: noise of a level in `train_noise`, or by default none, is on it."""
+        return prepared
+
+    def corrupted(self, prepared: Tensor, noise: Noise, level: float | None = None) -> Tensor:
+        """What sampling shows of it: noise of this level, None for the conditioner's own; by default it as it is."""
+        return prepared
 
     def forward(self, prepared: Tensor, drop: Tensor | None = None) -> dict[str, Tensor]:
         """The condition, on this module's device; rows where `drop` (B,) is True get the null condition."""
@@ -235,6 +248,11 @@ class LowResolutionConditioner(Conditioner):
     latent model. kernel: "bicubic" or "bilinear", both antialiased, or "area"; `blur` is the standard deviation, in
     pixels of the full image, of a Gaussian blur before it. `droppable=False` keeps the image where guidance and
     condition dropout ask for a null condition (a text-guided upscaler's); otherwise null is zeros.
+
+    Noise conditioning augmentation (arXiv 2106.15282, section 4): the small image z becomes alpha z + sigma eps with
+    alpha^2 + sigma^2 = 1, so that what an earlier stage gets wrong does no harm. `noise` is sigma when sampling,
+    `train_noise` when training: one number, or (low, high) for one a sample, uniform between them; None is `noise`.
+    `tell_noise` adds a channel that holds sigma, so that one model serves all levels.
     """
 
     def __init__(
@@ -247,6 +265,9 @@ class LowResolutionConditioner(Conditioner):
         kernel: str = "bicubic",
         blur: float = 0.0,
         droppable: bool = True,
+        noise: float = 0.0,
+        train_noise: float | Sequence[float] | None = None,
+        tell_noise: bool = False,
         entry: str = "image",
     ) -> None:
         super().__init__()
@@ -263,15 +284,37 @@ class LowResolutionConditioner(Conditioner):
         self.size = full if size is None else _pair(size)
         self.channels, self.kernel, self.blur = channels, kernel, blur
         self.droppable, self.entry = droppable, entry
-        self.provides = {"concat": channels}
+        self.noise, self.train_noise, self.tell_noise = noise, _range(noise, train_noise), tell_noise
+        self.provides = {"concat": channels + tell_noise}
         self.register_buffer("place", torch.empty(0), persistent=False)  # knows the device, as weights would
 
     def prepare(self, values: Tensor | Sequence[Tensor]) -> Tensor:
         """Images of the low resolution from (B, C, H, W), or a list of (C, H, W), in [-1, 1] and of any size."""
         images = _images(values, self.channels)
-        if images.shape[-2:] == self.low_size:
-            return images
-        return _resized(_blurred(images, self.blur) if self.blur else images, self.low_size, self.kernel).clamp(-1, 1)
+        if images.shape[-2:] != self.low_size:
+            images = _blurred(images, self.blur) if self.blur else images
+            images = _resized(images, self.low_size, self.kernel).clamp(-1, 1)
+        return torch.cat([images, torch.zeros_like(images[:, :1])], dim=1) if self.tell_noise else images
+
+    def augmented(self, prepared: Tensor, draws: torch.Generator) -> Tensor:
+        low, high = self.train_noise
+        if not high:
+            return prepared
+        level = low + (high - low) * torch.rand((len(prepared), 1, 1, 1), generator=draws, device=draws.device)
+        images = prepared[:, : self.channels]
+        return self._noised(images, level, torch.randn(images.shape, generator=draws, device=draws.device))
+
+    def corrupted(self, prepared: Tensor, noise: Noise, level: float | None = None) -> Tensor:
+        level = self.noise if level is None else level
+        if not level:
+            return prepared
+        images = prepared[:, : self.channels]
+        return self._noised(images, images.new_full((len(images), 1, 1, 1), level), noise(images))
+
+    def _noised(self, images: Tensor, level: Tensor, eps: Tensor) -> Tensor:
+        level, eps = level.to(images), eps.to(images)
+        noisy = q_sample(images, eps, Level((1 - level.square()).sqrt(), level))
+        return torch.cat([noisy, level.expand_as(noisy[:, :1])], dim=1) if self.tell_noise else noisy
 
     def null_like(self, prepared: Tensor) -> Tensor:
         return torch.zeros_like(prepared) if self.droppable else prepared
@@ -308,6 +351,8 @@ class JointConditioner(Conditioner):
             raise ValueError("JointConditioner needs at least one conditioner; use conditioner=none for none")
         self.conditioners = nn.ModuleList(conditioners)
         self.num_classes = next((part.num_classes for part in conditioners if part.num_classes), None)
+        self.low_size = next((part.low_size for part in conditioners if part.low_size), None)
+        self.train_noise = max((part.train_noise for part in conditioners), key=lambda levels: levels[1])
         self.provides = {}
         for part in conditioners:
             for name, width in part.provides.items():
@@ -332,6 +377,14 @@ class JointConditioner(Conditioner):
 
     def null_like(self, prepared: JointInput) -> JointInput:
         return JointInput(tuple(c.null_like(part) for c, part in zip(self.conditioners, prepared.parts, strict=True)))
+
+    def augmented(self, prepared: JointInput, draws: torch.Generator) -> JointInput:
+        pairs = zip(self.conditioners, prepared.parts, strict=True)
+        return JointInput(tuple(c.augmented(part, draws) for c, part in pairs))
+
+    def corrupted(self, prepared: JointInput, noise: Noise, level: float | None = None) -> JointInput:
+        pairs = zip(self.conditioners, prepared.parts, strict=True)
+        return JointInput(tuple(c.corrupted(part, noise, level) for c, part in pairs))
 
     def forward(self, prepared: JointInput, drop: Tensor | None = None) -> dict[str, Tensor]:
         return _merged([c(part, drop) for c, part in zip(self.conditioners, prepared.parts, strict=True)])
@@ -371,6 +424,25 @@ def _not_text(value: Any) -> str:
         f"this model is conditioned on captions, but got {_shown(value)}; "
         'give texts (prompt="..." when sampling, data with captions when training)'
     )
+
+
+def check_noise(name: str, level: float, train_noise: tuple[float, float]) -> None:
+    """Raise ValueError for a level of noise on the condition that training does not show."""
+    low, high = train_noise
+    if not high and level:
+        raise ValueError(f"{name}={level}, but this model is trained without noise on its condition; leave it out")
+    if not low <= level <= high:
+        raise ValueError(f"{name}={level} is outside of the levels {low} to {high} that training shows; choose between")
+
+
+def _range(noise: float, train_noise: float | Sequence[float] | None) -> tuple[float, float]:
+    """The levels (low, high) of training, after checks."""
+    given = noise if train_noise is None else train_noise
+    low, high = (given, given) if isinstance(given, int | float) else given
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"train_noise={given} must be a standard deviation, or two in rising order, from 0 to 1")
+    check_noise("noise", noise, (low, high))
+    return low, high
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

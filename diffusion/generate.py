@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from diffusion.checkpoint import LoadedClassifier, LoadedModel, load_classifier,
 from diffusion.denoiser import NULL_LABEL
 from diffusion.guidance import ClassifierGuidance, NoGuidance, is_noise, within
 from diffusion.process import GaussianDiffusion
+from diffusion.randomness import fold
 from diffusion.sampling import SampleNoise, Sampler
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,21 +78,13 @@ def choose_prompts(name: str, prompts: str | Sequence[str], num_samples: int) ->
     return [given[i % len(given)] for i in range(num_samples)]
 
 
-def choose_images(paths: str | Sequence[str], num_samples: int, shape: Sequence[int]) -> list[Tensor]:
-    """Return an image (C, H, W) in [-1, 1] for each sample, read from files as the training data are; they repeat."""
-    from diffusion.data.image_folder import read_image
-
-    given = [paths] if isinstance(paths, str) else list(paths)
-    images = [read_image(Path(path), channels=shape[0], image_size=shape[1]).float() / 127.5 - 1 for path in given]
-    return [images[i % len(images)] for i in range(num_samples)]
-
-
 class Asked(NamedTuple):
     """What each sample is to show: classes for the network, inputs for the conditioner, and what to steer away from."""
 
     labels: list[int] | None
     inputs: dict[str, list[Any]] | None
     negative: dict[str, list[str]] | None
+    condition_noise: float | None = None
 
 
 def classes_of(net: nn.Module, conditioner: nn.Module | None) -> int | None:
@@ -108,10 +100,14 @@ def classes_asked(net: nn.Module, conditioner: nn.Module | None, guidance: Any) 
 
 
 def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = None) -> Asked:
-    """Read `labels`, `prompt`, `negative_prompt` and `condition_image` as this model and its guidance understand them.
+    """Read what sample.py is asked for by labels, texts and images, as this model and its guidance understand it.
 
-    Raises ValueError for a setting that the model does not listen to, and for one that it needs.
+    Images that come with labels are of those classes. Raises ValueError for a setting that the model does not listen
+    to, and for one that it needs.
     """
+    from diffusion.condition_images import choose_images
+    from diffusion.conditioning import check_noise
+
     entries = () if model.conditioner is None else model.conditioner.entries
     num_classes = classes_asked(model.net, model.conditioner, guidance)
     if unknown := [entry for entry in entries if entry not in ASKED_BY]:
@@ -130,20 +126,28 @@ def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = 
     for key in heard:
         if key != "labels" and config.get(key) is None:
             raise ValueError(f"this model draws what {NOUNS[key]} ask for; add {EXAMPLES[key]}")
-    count = config["num_samples"]
-    labels = choose_labels(config["labels"], count, num_classes)
+    count, labels = config["num_samples"], config["labels"]
+    check_count("num_samples", count)
     inputs: dict[str, list[Any]] = {}
+    if "image" in entries:
+        inputs["image"], told = choose_images(
+            config["condition_image"], count, model.facts["shape"], model.conditioner.low_size
+        )
+        labels = told if labels is None and num_classes is not None else labels
+        if labels is None and num_classes is not None and model.conditioner.low_size is not None:
+            raise ValueError("this model enlarges images of known classes, and the files tell none; add labels=[3,7]")
+    labels = choose_labels(labels, count, num_classes)
     for entry in entries:
         if entry == "label":
             inputs[entry] = labels
         elif entry == "caption":
             inputs[entry] = choose_prompts("prompt", config["prompt"], count)
-        else:
-            inputs[entry] = choose_images(config["condition_image"], count, model.facts["shape"])
     negative = None
     if config.get("negative_prompt") is not None:
         negative = {"caption": choose_prompts("negative_prompt", config["negative_prompt"], count)}
-    return Asked(labels, inputs or None, negative)
+    if (noise := config.get("condition_noise")) is not None:
+        check_noise("condition_noise", noise, getattr(model.conditioner, "train_noise", (0.0, 0.0)))
+    return Asked(labels, inputs or None, negative, noise)
 
 
 def choose_device(name: str) -> torch.device:
@@ -265,6 +269,7 @@ def generate(
     labels: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     negative: Inputs | None = None,
+    condition_noise: float | None = None,
     conditioner: nn.Module | None = None,
     autoencoder: nn.Module | None = None,
     device: torch.device | str = "cpu",
@@ -289,7 +294,8 @@ def generate(
     seeds, labels, inputs, negative = (padded_all(part, pad_to) for part in (seeds, labels, inputs, negative))
     device = torch.device(device)
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    condition, null = conditions(net, conditioner, labels, inputs, negative, device=device, dtype=state_dtype)
+    told = {"seeds": seeds, "condition_noise": condition_noise}
+    condition, null = conditions(net, conditioner, labels, inputs, negative, **told, device=device, dtype=state_dtype)
     denoise = guidance(diffusion, net, condition, null)
     noise = SampleNoise(seeds, device=device)
     x = noise.initial(shape if autoencoder is None else autoencoder.latent_shape(shape)).to(state_dtype)
@@ -318,10 +324,20 @@ def conditions(
     inputs: Inputs | None,
     negative: Inputs | None,
     *,
+    seeds: Sequence[int],
+    condition_noise: float | None = None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what the network is told of each sample, and what it is told of none: {"label", "context", ...} twice."""
+    """Return what the network is told of each sample, and what it is told of none: {"label", "context", ...} twice.
+
+    Noise on a condition, of the level `condition_noise` or else the conditioner's own, depends on `seeds[i]` alone.
+    """
+
+    def prepared_of(values: Inputs) -> Any:
+        noise = SampleNoise([fold(seed, "condition") for seed in seeds])
+        return conditioner.corrupted(conditioner.prepare_batch(stacked(values)), noise, condition_noise)
+
     condition: dict[str, Tensor] = {}
     null: dict[str, Tensor] = {}
     if labels is not None and getattr(net, "num_classes", 0) is not None:
@@ -329,10 +345,10 @@ def conditions(
         null["label"] = torch.full_like(condition["label"], NULL_LABEL)
     if conditioner is not None:
         with torch.no_grad():
-            prepared = conditioner.prepare_batch(stacked(inputs))
+            prepared = prepared_of(inputs)
             told = conditioner(prepared)
             if negative:
-                away = conditioner(conditioner.prepare_batch(stacked({**inputs, **negative})))
+                away = conditioner(prepared_of({**inputs, **negative}))
             else:
                 away = conditioner(prepared, torch.ones(len(prepared), dtype=torch.bool, device=device))
         condition |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
@@ -341,8 +357,16 @@ def conditions(
 
 
 def stacked(inputs: Inputs) -> dict[str, Any]:
-    """Return inputs as a batch holds them: images as one tensor (B, C, H, W), texts and labels as they are."""
-    return {name: torch.stack(list(v)) if isinstance(v[0], Tensor) else list(v) for name, v in inputs.items()}
+    """Return inputs as a batch holds them: images as one tensor (B, C, H, W) in [-1, 1], texts and labels as they are.
+
+    Images of bytes, as many samples of an earlier model are kept, become floats here.
+    """
+    batch: dict[str, Any] = {}
+    for name, values in inputs.items():
+        batch[name] = torch.stack(list(values)) if isinstance(values[0], Tensor) else list(values)
+        if isinstance(values[0], Tensor) and batch[name].dtype == torch.uint8:
+            batch[name] = batch[name].float() / 127.5 - 1
+    return batch
 
 
 def sampler_for(sampler: Sampler, *, latents: bool) -> Sampler:

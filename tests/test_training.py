@@ -267,8 +267,8 @@ def test_condition_drop_takes_about_its_share_of_labels(tmp_path, monkeypatch):
     seen = []
     plain = DenoiserTask.condition
 
-    def spied(self, batch, drop=None):
-        condition = plain(self, batch, drop)
+    def spied(self, batch, *key, drop=None):
+        condition = plain(self, batch, *key, drop=drop)
         if drop is not None:
             assert torch.equal(condition["label"] == -1, drop)
             assert torch.equal(condition["label"][~drop], batch["label"][~drop])

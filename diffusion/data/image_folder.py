@@ -27,7 +27,12 @@ TRANSFORM = "upright, on white, shorter side resized by Lanczos, centre cut out"
 
 def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
     """Read as (channels, image_size, image_size) uint8: upright, on white, shorter side resized, centre cut out."""
-    pixels = np.array(squared(flattened(decode(path), channels), image_size)).reshape(image_size, image_size, channels)
+    return fitted(decode(path), channels=channels, image_size=image_size)
+
+
+def fitted(image: Image.Image, *, channels: int, image_size: int) -> Tensor:
+    """Make a picture (channels, image_size, image_size) uint8, as `read_image` does."""
+    pixels = np.array(squared(flattened(image, channels), image_size)).reshape(image_size, image_size, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -89,20 +89,25 @@ class DenoiserTask(NoisedTask):
         drop = None
         if self.condition_drop:
             drop = torch.rand(len(x0), generator=draws, device=draws.device) < self.condition_drop
-        condition = self.condition(batch, drop)
+        condition = self.condition(batch, "train", *key, drop=drop)
         terms = self.loss(self.diffusion, self.net, x0, t, eps, condition)
         objective = (terms.loss * weight).mean()
         self.note(t, terms.loss[None], objective[None])
         self.batches_seen += 1
         return {"loss": objective, "t": t}
 
-    def condition(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
-        """Return what the network is told of a batch; samples where `drop` (B,) is True are told nothing."""
+    def condition(self, batch: Mapping[str, Any], *key: int | str, drop: Tensor | None = None) -> dict[str, Tensor]:
+        """Return what the network is told of a batch; samples where `drop` (B,) is True are told nothing.
+
+        What a conditioner changes at random, `key` determines.
+        """
         condition = condition_of(batch, self.net)
         if drop is not None and "label" in condition:
             condition["label"] = condition["label"].masked_fill(drop, NULL_LABEL)
         if self.conditioner is not None:
-            condition |= self.conditioner(self.conditioner.prepare_batch(batch), drop)
+            draws = generator(self.seed, "condition", *key, device=self.device)
+            prepared = self.conditioner.augmented(self.conditioner.prepare_batch(batch), draws)
+            condition |= self.conditioner(prepared, drop)
         return condition
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -113,7 +118,7 @@ class DenoiserTask(NoisedTask):
         eps = self.loss.noise(x0, fixed)
         for name, weights in self.weights():
             with weights:
-                condition = self.condition(batch)
+                condition = self.condition(batch, "validation", batch_idx, self.global_rank)
                 loss = self.loss(self.diffusion, self.net, x0, t, eps, condition).loss.mean()
             self.log(f"val/loss{name}", loss, batch_size=len(x0), logger=False, sync_dist=True)
 
