@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 
 
 def draw(config: dict[str, Any], team: "Team") -> Path:
-    """Load, build, sample and write, as one of the processes that share the work; return what is to be measured."""
+    """Load, build, sample and write, as one of the processes that share the work; return the folder."""
     from hydra.utils import instantiate
 
     from diffusion.checkpoint import load_model
     from diffusion.evaluation.command import check_wanted, evaluation_for
     from diffusion.sample_folder import sample_to_folder
 
-    evaluation = evaluation_for(config)
-    if config["samples"] is not None:
-        return Path(config["samples"])
+    evaluation = evaluation_for(config) if team.rank == 0 else None  # what is wrong with it is found before drawing
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
     model = load_model(config["checkpoint"], buildable=config["buildable"], autoencoder=config["autoencoder"])
     if evaluation is not None:
@@ -53,13 +51,15 @@ def main(cfg: DictConfig) -> None:
     from diffusion.processes import together
 
     config = OmegaConf.to_container(cfg, resolve=True)
-    images = together(draw, config, devices=1 if config["samples"] else config["devices"])
-    if images is None:  # another process goes on
+    if config["samples"] is not None:
+        print(measure(evaluation_for(config), config["samples"]))
         return
-    if config["samples"] is None:
-        print(images)
+    folder = together(draw, config, devices=config["devices"])
+    if folder is None:  # another process goes on
+        return
+    print(folder)
     if (evaluation := evaluation_for(config)) is not None:
-        print(measure(evaluation, images))
+        print(measure(evaluation, folder))
 
 
 if __name__ == "__main__":
