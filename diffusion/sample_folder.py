@@ -145,8 +145,9 @@ def _begin(parts: Parts, made_by: Mapping[str, Any], config: Mapping[str, Any]) 
     settings = {name: config[name] for name in ("num_samples", "seed", "labels", "prompt", "save_images")}
     settings |= {"batch_size": parts.batch_size} | {key: made_by[key] for key in made_by if key not in VERSIONS}
     begun = parts.begin(settings, {name: made_by[name] for name in VERSIONS}, overwrite=config["overwrite"])
+    files = {name: value for name, value in made_by.items() if name.endswith("_sha256")}
     with atomic_write(parts.out_dir / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        partial.write_text(yaml.safe_dump({**config, **files}, sort_keys=False), encoding="utf-8")
     parts.hold()
     return begun
 

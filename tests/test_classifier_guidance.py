@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_cases import assert_close, load, names
 from oracles import Gaussian, normal
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from diffusion.guidance import (
     NonFiniteGradient,
     classifier_score,
 )
+from diffusion.pretrained.guided_diffusion_classifier import load_classifier as foreign_classifier
 from diffusion.process import GaussianDiffusion, Prediction
 from diffusion.sampling import Sampler
 from diffusion.schedule import CLEAN, cosine, linear, zero_terminal_snr
@@ -526,6 +528,19 @@ def test_images_do_not_depend_on_the_batch(eta):
     with torch.no_grad():
         whole = images(33)
         assert all(torch.equal(images(size), whole) for size in (1, 7))
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+@pytest.mark.parametrize("name", names("adm/classifier_*"))
+def test_the_gradient_is_guided_diffusions(name, scale):
+    """Two samples at a timestep each, as the peer was asked."""
+    case = load(name)
+    guidance = ClassifierGuidance(classifier=foreign_classifier(case.config, case.group("weights")).eval(),
+                                  classifier_scale=scale)  # fmt: skip
+    diffusion, x = GaussianDiffusion(linear()), case["in.x"]
+    gradient = guidance.log_prob_grad(diffusion, x, case["in.y"].tolist())(x, case["in.timesteps"])
+    size = scale * case["out.grad_logp_x"].abs().max()
+    assert_close(gradient / size, scale * case["out.grad_logp_x"] / size, 3e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

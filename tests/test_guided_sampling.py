@@ -100,7 +100,8 @@ def test_labels_reach_the_classifier_of_a_denoiser_that_knows_none(sample, files
     assert text["classifier_sha256"] == hashlib.sha256(files["judge"].read_bytes()).hexdigest()
     assert (text["guidance"]["classifier_scale"], text["label"]) == (20.0, 7)
     assert text["guidance"]["classifier_checkpoint"] == str(files["judge"])
-    assert yaml.safe_load((folder / "config.yaml").read_text())["guidance"]["classifier_scale"] == 20.0
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["guidance"]["classifier_scale"] == 20.0 and config["classifier_sha256"] == text["classifier_sha256"]
     others = sample("others", f"sampler={sampler}", "labels=[4]", "guidance.classifier_scale=20", judge="judge")[0]
     assert not np.array_equal(images, others)
 
