@@ -40,6 +40,7 @@ __all__ = [
     "load_autoencoder",
     "load_classifier",
     "load_model",
+    "load_weights",
     "locate",
     "package_version",
     "read_header",
@@ -203,6 +204,13 @@ def _worded(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
+def load_weights(net: nn.Module, path: str | Path, kind: str) -> None:
+    """Copy the weights of a file of this kind (a key of `NODES`) into `net`, which training goes on from, strictly."""
+    header = read_header(path)
+    check_kind(header, kind)
+    _load_strictly({"": net}, header, network="network of this run")
+
+
 def load_autoencoder(
     checkpoint: str | Path, *, device: torch.device | str = "cpu", buildable: Sequence[str] = ()
 ) -> nn.Module:
@@ -235,10 +243,16 @@ def _rebuilt(header: Header, nodes: Mapping[str, Any], allowed: set[str] | froze
             ) from error
 
 
-def _load_strictly(modules: Mapping[str, nn.Module], header: Header, *, others: bool = False) -> None:
+def _load_strictly(
+    modules: Mapping[str, nn.Module],
+    header: Header,
+    *,
+    others: bool = False,
+    network: str = "network its config describes",
+) -> None:
     """Copy the file's weights into modules, by prefix, or raise one ValueError that lists every key that does not fit.
 
-    `others` allows tensors of other prefixes in the file.
+    `others` allows tensors of other prefixes in the file. `network` says which one it is, for the error.
     """
     states = {prefix: module.state_dict() for prefix, module in modules.items()}
     wanted = {prefix + key: tuple(tensor.shape) for prefix, state in states.items() for key, tensor in state.items()}
@@ -254,9 +268,7 @@ def _load_strictly(modules: Mapping[str, nn.Module], header: Header, *, others: 
     ]
     if problems:
         listing = "\n  ".join(problems)
-        raise ValueError(
-            f"{header.path} does not fit the network its config describes, {len(problems)} keys:\n  {listing}"
-        )
+        raise ValueError(f"{header.path} does not fit the {network}, {len(problems)} keys:\n  {listing}")
     try:
         weights = {clean(key): tensor for key, tensor in load_file(header.path).items()}
     except SafetensorError as error:

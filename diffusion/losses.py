@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: simple losses and their weights by SNR, and the variational bound.
+"""What are networks trained on? A denoiser's losses and their weights by SNR, the variational bound, a classifier's loss.
 
 DDPM (2006.11239), iDDPM's hybrid (2102.09672), min-SNR (2303.09556), P2 (2204.00227), truncated SNR (2202.00512).
 """
@@ -74,6 +74,25 @@ def snr_weight(weighting: Weighting, diffusion: GaussianDiffusion, t: Tensor) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------
+
+
+class ClassifierTerms(NamedTuple):
+    """Per sample (B,): the cross-entropy in nats, and 1 where the label is the likeliest class, or among the five."""
+
+    loss: Tensor
+    top1: Tensor
+    top5: Tensor
+
+
+def classifier_loss(logits: Tensor, label: Tensor) -> ClassifierTerms:
+    """Judge logits (B, K), of whatever precision, by labels (B,).
+
+    Ties go against the label, and so does NaN: a network that says the same of all classes names none.
+    """
+    logits = logits.float()
+    others = (~(logits < logits.gather(1, label[:, None]))).sum(1) - 1  # that are at least as likely
+    loss = F.cross_entropy(logits, label, reduction="none")
+    return ClassifierTerms(loss, (others < 1).float(), (others < min(5, logits.shape[1])).float())
 
 
 class LossTerms(NamedTuple):

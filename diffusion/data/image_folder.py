@@ -1,8 +1,11 @@
 """Your own images: class folders, a `metadata.jsonl` with captions and labels, or just a folder.
 
-Every image is resized to its shorter side and cut to the centre square; what cannot be read is named, and left out.
+Every image is resized to its shorter side and cut to the centre square, or in training to random squares; what cannot
+be read is named, and left out.
 """
 
+import math
+import random
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,14 +28,22 @@ MODES = {1: "L", 3: "RGB"}
 TRANSFORM = "upright, on white, shorter side resized by Lanczos, centre cut out"
 
 
-def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
-    """Read as (channels, image_size, image_size) uint8: upright, on white, shorter side resized, centre cut out."""
-    return fitted(decode(path), channels=channels, image_size=image_size)
+LARGEST_ZOOM = 1.25  # of random crops, as guided-diffusion's: the most that the shorter side is larger than the crop
 
 
-def fitted(image: Image.Image, *, channels: int, image_size: int) -> Tensor:
+def read_image(path: Path, *, channels: int, image_size: int, crop: int | None = None) -> Tensor:
+    """Read as (channels, image_size, image_size) uint8: upright, on white, shorter side resized, centre cut out.
+
+    `crop` is the seed of a random crop in place of the one at the centre.
+    """
+    return fitted(decode(path), channels=channels, image_size=image_size, crop=crop)
+
+
+def fitted(image: Image.Image, *, channels: int, image_size: int, crop: int | None = None) -> Tensor:
     """Make a picture (channels, image_size, image_size) uint8, as `read_image` does."""
-    pixels = np.array(squared(flattened(image, channels), image_size)).reshape(image_size, image_size, channels)
+    image = flattened(image, channels)
+    image = squared(image, image_size) if crop is None else cropped(image, image_size, random.Random(crop))
+    pixels = np.array(image).reshape(image_size, image_size, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -54,6 +65,18 @@ def squared(image: Image.Image, image_size: int) -> Image.Image:
     return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS)
 
 
+def cropped(image: Image.Image, image_size: int, draw: random.Random) -> Image.Image:
+    """Resize the shorter side to between `image_size` and `LARGEST_ZOOM` times that, and cut out a square anywhere.
+
+    As guided-diffusion augments for its classifiers; here in one step, of the square's own pixels.
+    """
+    scale = min(image.size) / draw.randint(image_size, math.ceil(image_size * LARGEST_ZOOM))
+    side = scale * image_size
+    left, top = (draw.uniform(0, max(0.0, size - side)) for size in image.size)
+    box = (left, top, min(left + side, image.width), min(top + side, image.height))
+    return image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+
+
 class FolderImages(ImageSet):
     """Images read from disk when they are asked for; one that has become unreadable is replaced by the next one."""
 
@@ -67,8 +90,10 @@ class FolderImages(ImageSet):
         image_size: int,
         seed: int = 0,
         horizontal_flip: bool = False,
+        random_crop: bool = False,
     ) -> None:
         super().__init__(seed=seed, horizontal_flip=horizontal_flip)
+        self.random_crop = random_crop
         self.root, self.entries = root, tuple(found)
         self.labels = None if classes is None else [classes.index(entry.class_name) for entry in found]
         self.captioned = any(entry.caption is not None for entry in found)
@@ -78,9 +103,14 @@ class FolderImages(ImageSet):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def load(self, indices: Sequence[int]) -> dict[str, Any]:
+    def drawn(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return the seeds of the random crops, where there are to be some."""
+        return {"crops": [fold(self.seed, "crop", *key) for key in keys]} if self.random_crop else {}
+
+    def load(self, indices: Sequence[int], crops: Sequence[int] | None = None) -> dict[str, Any]:
         """Read images (B, C, H, W) uint8 with what is known of them; one that cannot be read gives way to the next."""
-        images, kept = zip(*map(self._readable, indices), strict=True)
+        crops = [None] * len(indices) if crops is None else crops
+        images, kept = zip(*map(self._readable, indices, crops), strict=True)
         batch: dict[str, Any] = {"image": torch.stack(images)}
         if self.labels is not None:
             batch["label"] = torch.tensor([self.labels[index] for index in kept])
@@ -88,12 +118,12 @@ class FolderImages(ImageSet):
             batch["caption"] = [self.entries[index].caption or "" for index in kept]
         return batch
 
-    def _readable(self, index: int) -> tuple[Tensor, int]:
+    def _readable(self, index: int, crop: int | None) -> tuple[Tensor, int]:
         """Read this image, or else the next one that can be read; return it with its index."""
         for index in ((index + step) % len(self) for step in range(len(self))):
             name = self.entries[index].name
             try:
-                image = read_image(self.root / name, channels=self.channels, image_size=self.image_size)
+                image = read_image(self.root / name, channels=self.channels, image_size=self.image_size, crop=crop)
             except UNREADABLE as error:
                 if name not in self.lost:
                     self.lost.add(name)
@@ -130,6 +160,7 @@ class ImageFolder(ImageData):
     `num_classes=None` trains without labels, whatever the folders. A `val_root` of the same layout serves validation;
     without it, `val_fraction` of the images are set aside by a hash of their names, so that adding images moves none.
     Unreadable images are left out, with a warning that counts and names them (`skipped` keeps {name: reason}).
+    `random_crop` shows training images larger, by up to `LARGEST_ZOOM`, and another part of them in each epoch.
     """
 
     def __init__(
@@ -142,6 +173,7 @@ class ImageFolder(ImageData):
         val_root: str | Path | None = None,
         val_fraction: float = 0.02,
         horizontal_flip: bool = False,
+        random_crop: bool = False,
         batch_size: int = 64,
         num_workers: int = 0,
         pin_memory: bool | None = None,
@@ -162,7 +194,8 @@ class ImageFolder(ImageData):
         )
         self.root = Path(root).expanduser()
         self.val_root = None if val_root is None else Path(val_root).expanduser()
-        self.val_fraction, self.horizontal_flip = val_fraction, horizontal_flip
+        self.val_fraction = val_fraction
+        self.horizontal_flip, self.random_crop = horizontal_flip, random_crop
         self.skipped: dict[str, str] = {}
         if num_classes is not None:
             self.class_names = self._classes()
@@ -209,7 +242,8 @@ class ImageFolder(ImageData):
                 self._check_labelled(val, self.val_root, self.class_names)
         else:
             train, val = self._split(found)
-        self.train_set = self._dataset(self.root, train, horizontal_flip=self.horizontal_flip)
+        augmented = {"horizontal_flip": self.horizontal_flip, "random_crop": self.random_crop}
+        self.train_set = self._dataset(self.root, train, **augmented)
         self.val_set = self._dataset(self.val_root or self.root, val)
         classes = class_names(found)
         if self.num_classes is None and classes:
@@ -218,7 +252,7 @@ class ImageFolder(ImageData):
                 f"set data.num_classes={len(classes)} to train on labels"
             )
 
-    def _dataset(self, root: Path, found: Sequence[Entry], *, horizontal_flip: bool = False) -> FolderImages:
+    def _dataset(self, root: Path, found: Sequence[Entry], **augmented: bool) -> FolderImages:
         return FolderImages(
             root,
             found,
@@ -226,7 +260,7 @@ class ImageFolder(ImageData):
             channels=self.channels,
             image_size=self.image_size,
             seed=self.seed,
-            horizontal_flip=horizontal_flip,
+            **augmented,
         )
 
     def _without_unreadable(self, root: Path, found: list[Entry]) -> list[Entry]:

@@ -37,7 +37,11 @@ class KeyedSet(Dataset, ABC):
         mirrored = None
         if self.horizontal_flip:
             mirrored = torch.tensor([bool(fold(self.seed, "flip", *key) & 1) for key in keys])
-        return {**self.samples(indices, mirrored), "index": torch.tensor(indices)}
+        return {**self.samples(indices, mirrored, **self.drawn(keys)), "index": torch.tensor(indices)}
+
+    def drawn(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return further arguments of `samples` that are functions of (seed, epoch, index); there are none here."""
+        return {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample as epoch 0 shows it: the batch's entries without their first axis."""
@@ -58,9 +62,9 @@ class ImageSet(KeyedSet):
     def load(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return "image" (B, C, H, W) integers 0..`levels` and, where there are any, "label" (B,) and "caption"."""
 
-    def samples(self, indices: Sequence[int], mirrored: Tensor | None = None) -> dict[str, Any]:
+    def samples(self, indices: Sequence[int], mirrored: Tensor | None = None, **how: Any) -> dict[str, Any]:
         """Return what `load` gives with "image" in [-1, 1], mirrored where `mirrored` (B,) says so."""
-        batch = self.load(indices)
+        batch = self.load(indices, **how)
         image = batch["image"].float().div_(self.levels / 2).sub_(1)
         if mirrored is not None:
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)

@@ -83,6 +83,11 @@ def cached(
             f"a latent cache needs a datamodule derived from diffusion.data.ImageData, got {type(data).__name__}; "
             "set latent_cache=null to encode in each step"
         )
+    if getattr(data, "random_crop", False):
+        raise ValueError(
+            "data.random_crop=true shows other pixels in each epoch, and a latent cache keeps one view of each image; "
+            "set data.random_crop=false, or latent_cache=null to encode in each step"
+        )
     folder = Path(folder).expanduser()
     # A cache that is complete is only read; one process at a time looks what else there is, and prepares the data.
     with nullcontext() if exists(folder / MANIFEST) else _locked(folder):

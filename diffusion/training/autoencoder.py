@@ -225,6 +225,10 @@ class AutoencoderTask(Task):
                 "lower discriminator.num_layers"
             )
 
+    def for_export(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the config to store with the autoencoder, without the networks of other tasks."""
+        return {**config, "net": None, "classifier": None}, {}
+
 
 def check_pair(loss: AutoencoderLoss, discriminator: nn.Module | None) -> None:
     """Raise ValueError where a discriminator has no part in the loss, or the loss asks for one that is not there."""

@@ -77,6 +77,7 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, chec
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            warnings.filterwarnings("ignore", message=".*have overridden `on_before_batch_transfer`.*")  # of a task
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning with torch 2.15
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted as stop:
