@@ -105,9 +105,6 @@ def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = 
     Images that come with labels are of those classes. Raises ValueError for a setting that the model does not listen
     to, and for one that it needs.
     """
-    from diffusion.condition_images import choose_images
-    from diffusion.conditioning import check_noise
-
     entries = () if model.conditioner is None else model.conditioner.entries
     num_classes = classes_asked(model.net, model.conditioner, guidance)
     if unknown := [entry for entry in entries if entry not in ASKED_BY]:
@@ -130,6 +127,8 @@ def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = 
     check_count("num_samples", count)
     inputs: dict[str, list[Any]] = {}
     if "image" in entries:
+        from diffusion.condition_images import choose_images  # the data sets' packages: only for those who need them
+
         inputs["image"], told = choose_images(
             config["condition_image"], count, model.facts["shape"], model.conditioner.low_size
         )
@@ -146,6 +145,8 @@ def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = 
     if config.get("negative_prompt") is not None:
         negative = {"caption": choose_prompts("negative_prompt", config["negative_prompt"], count)}
     if (noise := config.get("condition_noise")) is not None:
+        from diffusion.conditioning import check_noise
+
         check_noise("condition_noise", noise, getattr(model.conditioner, "train_noise", (0.0, 0.0)))
     return Asked(labels, inputs or None, negative, noise)
 
