@@ -58,6 +58,7 @@ def main(cfg: DictConfig) -> None:
     if folder is None:  # another process goes on
         return
     print(folder)
+    (folder / "metrics.json").unlink(missing_ok=True)  # of samples that were there before
     if (evaluation := evaluation_for(config)) is not None:
         print(measure(evaluation, folder))
 

@@ -1,5 +1,6 @@
 """Scores against the papers' formulas, against torch-fidelity run by hand, and against what is known in advance."""
 
+import ast
 import json
 import zipfile
 
@@ -9,8 +10,9 @@ import torch
 from metric_cases import features, images, random_images, reference, save_random_inception
 from scipy.linalg import sqrtm
 from test_guided_sampling import save_judge
-from tiny import run, save_tiny
+from tiny import ROOT, run, save_tiny
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from diffusion.checkpoint import load_classifier
 from diffusion.evaluation import metrics as measured
@@ -235,8 +237,13 @@ def test_spatial_features_are_the_first_channels_of_the_block_in_tensorflows_ord
     grey = images(2, size=8)
     found = extracted(grey, extractor, layers=(POOLED, LOGITS, SPATIAL), channels=3)
     assert [found[layer].shape[1] for layer in (POOLED, LOGITS, SPATIAL)] == [2048, 1008, 17 * 17 * 7]
+    net, branch = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=inception_weights), []
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: branch.append(output))
+    net(torch.from_numpy(random_images(2, size=8)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
     maps = found[SPATIAL].reshape(2, 17, 17, 7)
-    assert (maps >= 0).all() and maps[..., 0].std() > 0  # after the ReLU
+    for channel in range(7):
+        assert torch.allclose(maps[..., channel], branch[0][:, channel], rtol=1e-4, atol=1e-5)
+    assert maps.std() > 0
 
 
 @pytest.mark.slow
@@ -409,6 +416,15 @@ def test_the_references_features_are_extracted_once():
     assert evaluation(images(10))["scores"] == first["scores"]
 
 
+def test_torch_fidelity_is_imported_in_this_package_alone_and_on_use_only():
+    for path in (ROOT / "diffusion").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        anywhere, on_top = ({ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)}
+                            for nodes in (ast.walk(tree), tree.body))  # fmt: skip
+        assert not any("torch_fidelity" in line for line in on_top), path
+        assert path.parent.name == "evaluation" or not any("torch_fidelity" in line for line in anywhere), path
+
+
 def test_measuring_leaves_the_random_states_alone(inception_weights):
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
     inception(inception_weights)
@@ -434,6 +450,16 @@ def test_sample_py_measures_what_it_draws_and_what_is_there(tmp_path, monkeypatc
     assert status == 0, err
     again = json.loads((tmp_path / "out" / "images" / "metrics.json").read_text())
     assert again["scores"] == written["scores"]
+
+
+def test_scores_of_former_samples_do_not_stay_beside_new_ones(tmp_path, monkeypatch, capsys):
+    line = [f"checkpoint={save_tiny(tmp_path / 'model.safetensors')}", f"out_dir={tmp_path / 'out'}"]
+    line += ["sampler.num_steps=2", "num_samples=4"]
+    scored = [*line, "metrics=[kid]", "reference=digits", "features=pixels"]
+    assert run("sample", scored, monkeypatch, capsys)[0] == 0
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert run("sample", [*line, "seed=5", "overwrite=true"], monkeypatch, capsys)[0] == 0
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_real_users_name_inceptions_weights(inception_weights, tmp_path, monkeypatch, capsys):

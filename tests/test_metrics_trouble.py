@@ -58,8 +58,8 @@ def test_too_few_images_are_refused_by_number(metrics, count, least, side):
 
 
 def test_fewer_images_than_features_are_warned_about_with_the_numbers():
-    evaluation = Evaluation(["fid"], pixels(), reference(12))
-    with pytest.warns(UserWarning, match="real: 12 images for 16 features; a covariance needs at least 17"):
+    evaluation = Evaluation(["fid"], pixels(), reference(16))
+    with pytest.warns(UserWarning, match="real: 16 images for 16 features; a covariance needs at least 17"):
         result = evaluation(images(30))
     assert len(result["warnings"]) == 1 and "too high" in result["warnings"][0]
 
