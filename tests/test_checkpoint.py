@@ -7,11 +7,23 @@ import sys
 
 import pytest
 import torch
+from latent_cases import NODE
 from safetensors.torch import load_file, save_file
 from tiny import DIFFUSION, NET, ROOT, config, facts, random_net, save_tiny
 from torch import nn
 
-from diffusion.checkpoint import BUILDABLE, atomic_write, build, load_model, locate, read_header, save_model
+from diffusion.checkpoint import (
+    BUILDABLE,
+    atomic_write,
+    build,
+    load_autoencoder,
+    load_classifier,
+    load_model,
+    load_weights,
+    locate,
+    read_header,
+    save_model,
+)
 
 
 class TinyNet(nn.Module):
@@ -148,6 +160,80 @@ def test_a_file_that_could_not_be_sampled_from_is_not_written(tmp_path, changes,
     with pytest.raises(ValueError, match=message):
         save_model(tmp_path / "model.safetensors", nn.Linear(1, 1), given.pop("config"), **given)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kinds
+
+
+CLASSIFIER = {
+    "_target_": "diffusion.models.classifier.Classifier",
+    "in_channels": 1,
+    "image_size": 8,
+    "num_classes": 10,
+    "channels": 8,
+    "norm_groups": 4,
+    "stages": [{"depth": 1}],
+}
+LOADERS = {"denoiser": load_model, "classifier": load_classifier, "autoencoder": load_autoencoder}
+
+
+def save_kind(kind: str, path):
+    """A file of this kind, and the module that is in it."""
+    settings = {"denoiser": config(), "classifier": {"classifier": CLASSIFIER, "diffusion": DIFFUSION, "net": None}}
+    settings["autoencoder"] = {"net": None, "diffusion": None, "classifier": {}, "autoencoder": {**NODE}}
+    module = random_net(config()) if kind == "denoiser" else build(settings[kind][kind])
+    save_model(path, module, settings[kind], weights="raw", step=3, facts=facts())
+    return module
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_file_knows_its_kind_and_comes_back_bit_for_bit(tmp_path, kind):
+    module = save_kind(kind, tmp_path / "model.safetensors")
+    assert read_header(tmp_path / "model.safetensors").kind == kind
+    loaded = LOADERS[kind](tmp_path / "model.safetensors")
+    net = loaded if kind == "autoencoder" else loaded.net
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in net.state_dict().items())
+    assert not net.training
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [(a, b) for a in LOADERS for b in LOADERS if a != b])
+def test_a_file_of_another_kind_is_one_error_that_says_what_it_is_and_where_it_goes(tmp_path, kind, wanted):
+    save_kind(kind, tmp_path / "model.safetensors")
+    article = {"denoiser": "a", "classifier": "a", "autoencoder": "an"}
+    with pytest.raises(ValueError) as caught:
+        LOADERS[wanted](tmp_path / "model.safetensors")
+    said = str(caught.value)
+    assert f"holds {article[kind]} {kind}, but {article[wanted]} {wanted} is needed here" in said
+    assert f"checkpoint={tmp_path}" in said and f"task={wanted}" in said and "\n" not in said
+
+
+def test_a_loaded_classifier_takes_no_gradients_and_leaves_the_random_state_alone(tmp_path):
+    save_kind("classifier", tmp_path / "model.safetensors")
+    before = torch.get_rng_state()
+    loaded = load_classifier(tmp_path / "model.safetensors")
+    assert torch.equal(before, torch.get_rng_state())
+    assert loaded.diffusion.num_train_timesteps == 100 and not any(p.requires_grad for p in loaded.net.parameters())
+
+
+def test_a_classifiers_config_names_no_foreign_callable_either(tmp_path):
+    settings = {"classifier": {**CLASSIFIER, "_target_": "os.system"}, "diffusion": DIFFUSION}
+    save_model(tmp_path / "model.safetensors", nn.Linear(1, 1), settings, weights="raw", step=0, facts=facts())
+    with pytest.raises(ValueError, match=r"os\.system"):
+        load_classifier(tmp_path / "model.safetensors")
+
+
+def test_weights_go_into_a_network_that_is_there(tmp_path):
+    saved = save_kind("classifier", tmp_path / "model.safetensors")
+    net = build({**CLASSIFIER, "dropout": 0.5})
+    load_weights(net, tmp_path / "model.safetensors", "classifier")
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match=r"does not fit the network of this run(.|\n)*mis-shaped head\.out\.bias"):
+        load_weights(build({**CLASSIFIER, "num_classes": 4}), tmp_path / "model.safetensors", "classifier")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
 
 
 def test_an_interrupted_write_leaves_the_previous_file_and_no_other(tmp_path):

@@ -12,9 +12,12 @@ from omegaconf import OmegaConf
 from tiny import ROOT
 
 from diffusion.autoencoder_losses import AutoencoderLoss
+from diffusion.models.classifier import Classifier
+from diffusion.pretrained.guided_diffusion_classifier import classifier_config, classifier_flags
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator
 from diffusion.sampling import SampleNoise
+from diffusion.training.classifier import ClassifierTask
 from diffusion.training.denoiser import DenoiserTask
 from diffusion.training.run import build
 
@@ -49,18 +52,29 @@ def options(group: str) -> list[str]:
 
 
 def trains(experiment: str, what: str) -> bool:
-    """Say whether a recipe trains a "denoiser" or an "autoencoder"."""
+    """Say whether a recipe trains a "denoiser", a "classifier" or an "autoencoder"."""
     return composed(f"experiment={experiment}")["task"]["_target_"].startswith(f"diffusion.training.{what}.")
 
 
 DENOISERS = [experiment for experiment in options("experiment") if trains(experiment, "denoiser")]
 AUTOENCODERS = [experiment for experiment in options("experiment") if trains(experiment, "autoencoder")]
+CLASSIFIERS = [experiment for experiment in options("experiment") if trains(experiment, "classifier")]
+# Which denoisers a recipe's classifier is meant to guide.
+GUIDES = {
+    "digits_classifier": ["digits_unconditional", "digits"],
+    "shapes_classifier": ["shapes"],
+    "imagenet64_classifier": ["adm_imagenet64"],
+    "imagenet128_classifier": ["adm_imagenet128"],
+    "imagenet256_classifier": ["adm_imagenet256", "adm_imagenet256_unconditional"],
+    "imagenet512_classifier": ["adm_imagenet512"],
+}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_resolves(group, option):
     config = composed(f"{group}={option}")
-    assert config["run_dir"] and (option == "none" or config.get("net") or config.get("autoencoder"))
+    trained = config.get("net") or config.get("autoencoder") or config.get("classifier")
+    assert config["run_dir"] and (option == "none" or trained)
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -114,6 +128,86 @@ def test_every_autoencoder_recipe_builds_what_fits_its_images(experiment):
     loss = {**config["loss"], "perceptual": None}  # LPIPS looks for its weights when it is built
     assert (built(loss).adversarial is None) == (discriminator is None)
     check_optimizer(config)
+
+
+@pytest.mark.parametrize("experiment", CLASSIFIERS)
+def test_every_classifier_recipe_builds_what_fits_its_images_and_the_denoisers_that_it_guides(experiment):
+    config = composed(f"experiment={experiment}")
+    data = config["data"]
+    shape = (data["channels"], data["image_size"], data["image_size"])
+    with torch.device("meta"):
+        classifier = built(config["classifier"])
+        assert classifier(torch.empty(2, *shape), torch.empty(2)).shape == (2, data["num_classes"])
+    task = ClassifierTask(
+        classifier,
+        built(config["diffusion"]),
+        optimizer=built(config["optimizer"]),
+        timestep_sampler=built(config["timestep_sampler"]),
+        **{key: value for key, value in config["task"].items() if key != "_target_"},
+    )
+    task.check_shape(shape)
+    assert not config["net"] and not config["sampler"] and "samples" not in config["callbacks"]
+    check_optimizer(config)
+    for denoiser in GUIDES[experiment]:
+        guided = composed(f"experiment={denoiser}")
+        assert guided["schedule"] == config["schedule"]
+        assert guided["diffusion"]["time_scale"] == config["diffusion"]["time_scale"]
+        assert (guided["data"]["channels"], guided["data"]["image_size"]) == shape[:2]
+
+
+# Table 12 of arXiv 2105.05233, and the sizes of what was published, to the parameter.
+@pytest.mark.parametrize(
+    ("size", "depth", "parameters", "weight_decay", "batch_size", "steps", "rate"),
+    [
+        (64, 4, 65_438_568, 0.2, 1024, 300_000, 6e-4),
+        (128, 2, 42_568_040, 0.05, 256, 300_000, 3e-4),
+        (256, 2, 54_096_360, 0.05, 256, 500_000, 3e-4),
+        (512, 2, 54_448_360, 0.05, 256, 500_000, 3e-4),
+    ],
+)
+def test_the_imagenet_classifiers_are_the_papers(size, depth, parameters, weight_decay, batch_size, steps, rate):
+    config = composed(f"experiment=imagenet{size}_classifier")
+    with torch.device("meta"):
+        classifier = built(config["classifier"])
+        theirs = Classifier(**classifier_config(classifier_flags({"image_size": size, "classifier_depth": depth})))
+    assert sum(p.numel() for p in classifier.parameters()) == parameters
+    assert {k: v.shape for k, v in classifier.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    for name, module in classifier.named_modules():  # what has no weights: heads, resampling, groups
+        assert repr(module) == repr(theirs.get_submodule(name))
+        assert getattr(module, "num_heads", None) == getattr(theirs.get_submodule(name), "num_heads", None)
+    assert (config["optimizer"]["lr"], config["optimizer"]["weight_decay"]) == (rate, weight_decay)
+    accumulated = config["trainer"]["accumulate_grad_batches"]
+    assert config["data"]["batch_size"] * 8 * accumulated == batch_size and config["trainer"]["max_steps"] == steps
+    assert config["data"]["random_crop"] and config["data"]["num_classes"] == 1000 and not config["ema"]
+    optimizer = built(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = build(config["lr_scheduler"])(optimizer)
+    for step in (0, 1000, steps // 2):
+        assert scheduler.lr_lambdas[0](step) == pytest.approx(1 - step / steps)
+
+
+def flattened(node: dict, prefix: str = "") -> dict:
+    """Return {dotted key: value} of nested mappings."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {key: value for name, child in node.items() for key, value in flattened(child, f"{prefix}.{name}").items()}
+
+
+def test_the_unconditional_digits_are_the_digits_without_labels():
+    one, other = (flattened(composed(f"experiment={name}")) for name in ("digits", "digits_unconditional"))
+    changed = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert changed - {".run_dir"} == {
+        ".name",
+        ".net.num_classes",
+        ".task.condition_drop",
+        *(
+            f"{place}guidance.{key}"
+            for place in (".", ".callbacks.samples.")
+            for key in ("_target_", "guidance_scale", "rescale")
+        ),
+    }
+    assert other[".net.num_classes"] is None and other[".data.num_classes"] == 10
 
 
 def check_optimizer(config):

@@ -7,9 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from latent_cases import autoencoder
 from PIL import Image
 
 from diffusion.data.image_folder import ImageFolder, read_image
+from diffusion.data.latent_cache import cached
 from diffusion.data.listing import CACHE, METADATA, unreadable
 
 
@@ -280,3 +282,49 @@ def test_mirrors_are_drawn_for_training_only(tmp_path):
     for dataset, expected in ((data.train_set, {-1.0, 1.0}), (data.val_set, {1.0})):
         batch = dataset.__getitems__([(3, index) for index in range(len(dataset))])
         assert set(batch["image"][:, 0, 0, 0].tolist()) == expected
+
+
+def test_random_crops_are_keyed_squares_of_the_image_for_training_only(tmp_path):
+    rows, columns = np.mgrid[0:40, 0:60]
+    for number in range(12):  # red tells the row, green the column, blue the image
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.stack([rows * 4, columns * 4, np.full_like(rows, number * 8)], -1).astype(np.uint8)).save(
+            path
+        )
+    make = lambda **settings: ImageFolder(tmp_path, image_size=32, val_fraction=0.2, **settings)  # noqa: E731
+    data, plain = make(random_crop=True), make()
+    for one in (data, plain):
+        one.setup("fit")
+    keys = [(epoch, index) for epoch in range(6) for index in range(len(data.train_set))]
+    shown = (data.train_set.__getitems__(keys)["image"] + 1) * 127.5
+    assert torch.equal(shown, (data.train_set.__getitems__(keys)["image"] + 1) * 127.5)
+    corners = set()
+    for image, (_, index) in zip(shown, keys, strict=True):
+        expected = float(data.train_set.entries[index].name.split(".")[0]) * 8
+        torch.testing.assert_close(image[2], torch.full((32, 32), expected), atol=1, rtol=0)
+        steps = image[:2, 1:-1, 1:-1].diff(dim=1)[0].mean(), image[:2, 1:-1, 1:-1].diff(dim=2)[1].mean()
+        for step in steps:  # 40 rows shown by 32 to 40 pixels
+            assert 4 * 1.0 - 0.1 < step < 4 * 1.25 + 0.1
+        assert image.min() >= 0 and image[0].max() <= 156 and image[1].max() <= 236
+        corners.add(tuple(image[:2, 0, 0].round().tolist()))
+    assert len(corners) > 0.8 * len(keys)
+    held = range(len(data.val_set))
+    assert torch.equal(data.val_set.samples(held)["image"], plain.val_set.samples(held)["image"])
+    other = make(random_crop=True, seed=1)
+    other.setup("fit")
+    assert not torch.equal(
+        other.train_set.__getitems__(keys[:4])["image"], data.train_set.__getitems__(keys[:4])["image"]
+    )
+
+
+@pytest.mark.parametrize("size", [(32, 32), (5, 90), (31, 700)])
+def test_random_crops_take_images_of_any_size(tmp_path, size):
+    noise(tmp_path / "image.png", size)
+    for crop in range(20):
+        assert read_image(tmp_path / "image.png", channels=3, image_size=32, crop=crop).shape == (3, 32, 32)
+
+
+def test_random_crops_cannot_be_cached_as_latents(classes, tmp_path):
+    data = ImageFolder(classes, image_size=8, num_classes=3, random_crop=True)
+    with pytest.raises(ValueError, match=r"data\.random_crop=true shows other pixels in each epoch"):
+        cached(data, autoencoder(), tmp_path / "cache")

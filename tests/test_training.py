@@ -16,7 +16,7 @@ from diffusion.timestep_samplers import UniformTimesteps
 from diffusion.training.checkpoints import Interrupted
 from diffusion.training.denoiser import DenoiserTask
 from diffusion.training.guard import NonFiniteLoss
-from diffusion.training.lr_schedules import warmup_constant, warmup_cosine
+from diffusion.training.lr_schedules import warmup_constant, warmup_cosine, warmup_linear
 from diffusion.training.metrics import MetricsCSV, read_rows
 from diffusion.training.run import build_task, train
 
@@ -310,6 +310,14 @@ def test_cosine_falls_to_its_final_fraction():
     used = rates(lambda o: warmup_cosine(o, total_steps=10, warmup_steps=2, final_fraction=0.1), 12)
     assert used[2] == 2.0
     assert used[6] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert used[10] == used[11] == pytest.approx(0.2)
+
+
+def test_a_line_falls_as_guided_diffusions_annealing():
+    used = rates(lambda o: warmup_linear(o, total_steps=10), 12)
+    assert used == pytest.approx([2.0 * (1 - min(step, 10) / 10) for step in range(12)])
+    used = rates(lambda o: warmup_linear(o, total_steps=10, warmup_steps=2, final_fraction=0.1), 12)
+    assert used[:3] == pytest.approx([2 / 3, 4 / 3, 2.0]) and used[6] == pytest.approx(2.0 * 0.55)
     assert used[10] == used[11] == pytest.approx(0.2)
 
 
