@@ -28,6 +28,7 @@ MEETING = timedelta(minutes=5)  # how long to wait for all processes of a job to
 SILENCE = timedelta(minutes=30)  # how long to wait for a process that is there, but says nothing
 PULSE = 0.25  # seconds between two questions whether all are still there
 GRACE = 30.0  # seconds for processes that were asked to stop
+PATIENCE = 3.0  # seconds for processes to ask why another one ends
 
 Answer = TypeVar("Answer")
 Work = Callable[[Any, "Team"], Answer]
@@ -94,22 +95,23 @@ class Team:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:
-            self.speaks()  # before the others see this one go
+        told = kind is not None and self.speaks()  # before the others see this one go
         if self._pulse is not None:
-            self._pulse.leave()
-        if self._store is None or not dist.is_initialized():
+            self._pulse.leave(told)
+        if self._store is None:
             return
         if kind is None:
-            self._part()
+            self._part(GRACE)
         with contextlib.suppress(RuntimeError):  # the others see the connection close, whatever this one does
             dist.destroy_process_group()
+        if kind is not None:
+            self._part(PATIENCE)
 
-    def _part(self) -> None:
-        """Let the process that keeps the store leave last."""
+    def _part(self, seconds: float) -> None:
+        """Let the first process, which may keep the store, leave last."""
         with contextlib.suppress(RuntimeError):
             left = self._store.add("left", 1)
-            end = time.monotonic() + GRACE
+            end = time.monotonic() + seconds
             while self.first and left < self.size and time.monotonic() < end:
                 time.sleep(0.01)
                 left = self._store.add("left", 0)
@@ -179,6 +181,8 @@ class Team:
 
     def speaks(self) -> bool:
         """Say, to one process of the team alone, that it is the one to tell the user why the job ends."""
+        if self._pulse is not None and self._pulse.told:
+            return False
         if self._speaks is None:
             try:
                 self._speaks = self.first if self._store is None else self._store.add("word", 1) == 1
@@ -190,32 +194,39 @@ class Team:
 class _Pulse(threading.Thread):
     """Ask all processes four times a second whether they are there, what they have done, and whether that was all.
 
-    A process that ends closes its connections, which the others notice here, while their work goes on.
+    A process that ends closes its connections, which the others notice here, while their work goes on. One that can
+    say so before has `told` the user why.
     """
 
     def __init__(self, size: int, show: Callable[[int], None] | None) -> None:
         super().__init__(name="pulse", daemon=True)
         self.show = show
-        self.done, self.finished, self.lost = 0, False, False
+        self.done, self.finished, self.lost, self.told = 0, False, False, False
+        self._tells = False
         self._leaving = threading.Event()
-        self._heard = [torch.zeros(2, dtype=torch.int64) for _ in range(size)]
+        self._heard = [torch.zeros(3, dtype=torch.int64) for _ in range(size)]
 
     def run(self) -> None:
-        while not self._leaving.is_set():
+        leaving = False
+        while not leaving:
+            leaving = self._leaving.wait(PULSE)
             try:
-                dist.all_gather(self._heard, torch.tensor([self.done, int(self.finished)]))
+                dist.all_gather(self._heard, torch.tensor([self.done, int(self.finished), int(self._tells)]))
             except RuntimeError:
                 self.lost = True
                 return
-            done, finished = torch.stack(self._heard).sum(0).tolist()
+            done, finished, told = torch.stack(self._heard).sum(0).tolist()
+            if told:
+                self.lost, self.told = True, not self._tells
+                return
             if self.show is not None:
                 self.show(done)
             if finished == len(self._heard):
                 return
-            self._leaving.wait(PULSE)
 
-    def leave(self) -> None:
-        """Stop asking: the others will find this process gone."""
+    def leave(self, tells: bool) -> None:
+        """Ask no more: after this the others find this process gone. `tells`: it says why."""
+        self._tells = tells
         self._leaving.set()
         self.join(GRACE)
 
@@ -336,7 +347,9 @@ def _launch(work: Work, settings: Any, size: int) -> Any:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=MEETING)
     context = multiprocessing.get_context("spawn")
     children = [
-        context.Process(target=_child, args=(work, settings, rank, size, store.port), name=f"process {rank}")
+        context.Process(
+            target=_child, args=(work, settings, rank, size, store.port), name=f"process {rank}", daemon=True
+        )
         for rank in range(size)
     ]
     try:

@@ -72,6 +72,11 @@ def sample_to_folder(
                     save_pictures(batch, images, out_dir / "images", made_by, first=first)
                 parts.save(first, images)
         team.share(lambda: _finish(parts, settings, model.facts["class_names"], made_by))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{settings['device']} has too little memory for batches of {parts.batch_size}; choose a smaller "
+            "batch_size, in steps of pad_to"
+        ) from error
     except Stopped as stop:
         stop.message = f"stopped after {parts.count()} of {num_samples} samples; to go on: {_same_command(out_dir)}"
         raise

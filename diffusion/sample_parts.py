@@ -4,6 +4,7 @@
 folder that has it is unfinished, and a folder of batches without it is worth nothing.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -19,6 +20,8 @@ import numpy as np
 
 from diffusion.files import atomic_write
 
+NOTE = "settings.json"
+LOCK = ".lock"
 PATIENCE = 60.0  # seconds until a run that was killed has surely let go of its folder
 
 
@@ -58,28 +61,34 @@ class Parts:
         Raises ValueError for a folder that holds finished samples or has been begun with other settings, unless
         `overwrite`, and for one in which another run is at work; OSError for a disk with too little space.
         """
+        self._refuse_finished(overwrite)
         self._take(exclusively=True)
+        self._refuse_finished(overwrite)  # while this one waited
         settings, versions = json.loads(json.dumps([settings, versions]))
-        note = self.folder / "settings.json"
+        note = self.folder / NOTE
         if note.exists():
             before = json.loads(note.read_text(encoding="utf-8"))
             if not (changed := list(changes(before["settings"], settings))):
                 self._check_space()
                 self._report(before["versions"], versions)
                 return self.count()
-            if not overwrite:
+            if self.count() and not overwrite:
                 raise ValueError(
                     f"{self.out_dir} holds {self.count()} samples of an unfinished run with other settings: "
                     f"{', '.join(changed)}. Repeat the command as it was to go on, or choose another out_dir, or "
                     "overwrite=true to begin anew"
                 )
-        elif (self.out_dir / "samples.npz").exists() and not overwrite:
-            raise ValueError(f"{self.out_dir} already holds samples; choose another out_dir, or overwrite=true")
         self._clear()
         self._check_space()
         with atomic_write(note) as partial:
             partial.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2), encoding="utf-8")
         return 0
+
+    def _refuse_finished(self, overwrite: bool) -> None:
+        if (self.out_dir / "samples.npz").exists() and not (self.folder / NOTE).exists() and not overwrite:
+            if self._lock is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise ValueError(f"{self.out_dir} already holds samples; choose another out_dir, or overwrite=true")
 
     def _report(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         print(f"going on after {self.count()} of {self.num_samples} samples in {self.out_dir}", file=sys.stderr)
@@ -88,7 +97,7 @@ class Parts:
 
     def _clear(self) -> None:
         """Remove what an earlier run has left, but for the files that this one replaces in the end."""
-        (self.folder / "settings.json").unlink(missing_ok=True)
+        (self.folder / NOTE).unlink(missing_ok=True)
         for file in self.folder.glob("*.npy"):
             file.unlink()
         for file in (self.out_dir / "images").glob("[0-9]*.png"):
@@ -139,16 +148,8 @@ class Parts:
 
     def remove(self) -> None:
         """Take the parts away, when all that is made of them is there."""
-        (self.folder / "settings.json").unlink()
+        (self.folder / NOTE).unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot write {self.folder}: {error.strerror}; choose another out_dir"
-            ) from error
 
     # -----------------------------------------------------------------------------------------------------------------
     # one run at a time
@@ -158,43 +159,44 @@ class Parts:
         self._take(exclusively=False)
 
     def _take(self, *, exclusively: bool) -> None:
-        """Lock the folder. File systems without locks, and Windows, which has others, do without."""
-        self._make_folder()
-        if os.name != "posix":
-            return
-        import fcntl
-
+        """Lock the folder, or raise ValueError. File systems without locks, and Windows, do without."""
+        file = self._lock or self._opened()
         end, told = time.monotonic() + PATIENCE, False
-        while True:
-            file = self._lock or open(self.folder / ".lock", "w")  # noqa: SIM115 (closing it unlocks)
-            try:
-                fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-            except OSError:
-                return
-            else:
-                self._lock = file
-                if _is_at(file, self.folder / ".lock"):
-                    return
-                file.close()  # of a run that finished just now
-                self._lock = None
-                self._make_folder()
-                continue
+        while not _locked(file, self.folder / LOCK, exclusively=exclusively):
             if time.monotonic() > end:
                 raise ValueError(f"another run writes in {self.out_dir}; let it finish, or choose another out_dir")
             if not told:
                 print(f"waiting for another run, which writes in {self.out_dir}", file=sys.stderr, flush=True)
                 told = True
             time.sleep(0.1)
+            file.close()
+            file = self._opened()
+        self._lock = file
+
+    def _opened(self) -> Any:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a run that finished just now took the folder away
+                return open(self.folder / LOCK, "w")
+        except OSError as error:
+            problem = f"cannot write {self.folder}: {error.strerror}; choose another out_dir"
+            raise OSError(error.errno, problem) from error
+        return self._opened()
 
 
-def _is_at(file: Any, path: Path) -> bool:
-    """Say whether an open file is still the one at `path`."""
+def _locked(file: Any, path: Path, *, exclusively: bool) -> bool:
+    """Try to lock a file, and say whether it is locked and still the one at `path`."""
+    if os.name != "posix":
+        return True
+    import fcntl
+
     try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         return False
+    except OSError:
+        return True
 
 
 def changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
