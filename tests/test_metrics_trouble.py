@@ -299,7 +299,7 @@ def test_a_reference_that_is_nothing_is_refused_with_the_data_sets_there_are(tmp
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("image_folder", None, r"the data set image_folder needs root=\.\.\."),
+        ("image_folder", None, r"the data set image_folder needs its root: reference_data=\{root: \.\.\.\}"),
         ("digits", {"image_sise": 8}, "the data set digits has no setting image_sise; it has channels, image_size"),
         ("numbers", None, "there is no data set 'numbers'; there are cifar10"),
     ],

@@ -31,7 +31,8 @@ def open_data(name: str, settings: Mapping[str, Any] | None = None) -> ImageData
         {"data": OmegaConf.merge(node, settings)}
     )  # `seed` refers to the root's, which is not ours
     if missing := sorted(key.removeprefix("data.") for key in OmegaConf.missing_keys(whole)):
-        raise ValueError(f"the data set {name} needs {', '.join(f'{key}=...' for key in missing)}")
+        needed = ", ".join(f"{key}: ..." for key in missing)
+        raise ValueError(f"the data set {name} needs its {', '.join(missing)}: reference_data={{{needed}}}")
     data = instantiate(plain(whole)["data"], _convert_="all")
     data.prepare_data()
     data.setup("fit")
