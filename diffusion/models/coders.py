@@ -53,8 +53,9 @@ def _fold(weight: Tensor, late: int, dim: int) -> Tensor:
 class Coder(nn.Module):
     """What encoder and decoder share. Both run in two parts: the upper levels, fit for tiles, and the rest.
 
-    split: how many levels the upper part has: two, which take most of the memory, but none with attention, and never
-    the lowest level. The rest looks at the whole image, so that tiles agree on what attention and most norms say.
+    split: how many levels the upper part has: `tiled_levels`, which take most of the memory, but none with attention,
+    and never the lowest level. The rest looks at the whole image, so that tiles agree on what attention and most norms
+    say.
     """
 
     tiled_levels = 2
@@ -93,6 +94,8 @@ class Coder(nn.Module):
 
 class Encoder(Coder):
     """Images (B, C, H, W) -> (B, out_channels, H / f, W / f)."""
+
+    tiled_levels = 3  # with two, the third takes more memory than a tile of the others
 
     def __init__(
         self,
