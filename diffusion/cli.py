@@ -126,8 +126,8 @@ def read_words(arguments: list[str], settings: dict[str, Any]) -> dict[str, Any]
             raise ValueError(f"{argument!r} is no setting; the settings are {known}")
         kind = str if settings[name] is None else type(settings[name])
         try:
-            read[name] = kind(value)
-        except ValueError:
+            read[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
             raise ValueError(f"{argument} does not fit; it must be of type {kind.__name__}") from None
     return read
 

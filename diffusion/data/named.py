@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.cli import CONFIGS, plain
+from diffusion.cli import CONFIGS, explain, plain
 from diffusion.data.base import ImageData
 
 
@@ -17,6 +17,7 @@ def open_data(name: str, settings: Mapping[str, Any] | None = None) -> ImageData
 
     Raises ValueError for a name or a setting that does not exist, and for a value that the file leaves to the user.
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -33,7 +34,10 @@ def open_data(name: str, settings: Mapping[str, Any] | None = None) -> ImageData
     if missing := sorted(key.removeprefix("data.") for key in OmegaConf.missing_keys(whole)):
         needed = ", ".join(f"{key}: ..." for key in missing)
         raise ValueError(f"the data set {name} needs its {', '.join(missing)}: reference_data={{{needed}}}")
-    data = instantiate(plain(whole)["data"], _convert_="all")
+    try:
+        data = instantiate(plain(whole)["data"], _convert_="all")
+    except InstantiationException as error:
+        raise ValueError(explain(error)) from error
     data.prepare_data()
     data.setup("fit")
     return data
