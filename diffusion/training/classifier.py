@@ -70,23 +70,26 @@ class ClassifierTask(NoisedTask):
         seed_dropout(fold(self.seed, "dropout", *key), self.device)
         draws = generator(self.seed, "train", *key, device=self.device)
         x0 = self.clean(batch, "train", *key)
-        t, weight = self.timestep_sampler(len(x0), draws)
-        terms = self._judge(*self._seen(x0, t, draws), batch["label"])
-        objective = (terms.loss * weight).mean() if self.noised else terms.loss.mean()
+        x, t, weight = self._shown(x0, self.timestep_sampler, draws)
+        terms = self._judge(x, t, batch["label"])
+        objective = (terms.loss * weight).mean()
         overall = torch.stack([objective, terms.top1.mean(), terms.top5.mean()])
         self.note(t if self.noised else None, torch.stack(terms), overall)
         self.batches_seen += 1
         return {"loss": objective, "t": t}
 
-    def _seen(self, x0: Tensor, t: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return what the classifier is shown of a batch for timesteps t (B,), and the times that it is told."""
+    def _shown(
+        self, x0: Tensor, sampler: UniformTimesteps, draws: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return what the classifier is shown of x0 (B, C, H, W), at which timesteps (B,), and what each weighs."""
         if not self.noised:
-            return x0, self.diffusion.time(x0, torch.zeros_like(t))
+            return x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device), 1.0
+        t, weight = sampler(len(x0), draws)
         eps = torch.randn(x0.shape, generator=draws, device=x0.device, dtype=x0.dtype)
-        return q_sample(x0, eps, self.diffusion.schedule.level(t)), self.diffusion.time(x0, t)
+        return q_sample(x0, eps, self.diffusion.schedule.level(t)), t, weight
 
-    def _judge(self, x: Tensor, time: Tensor, label: Tensor) -> ClassifierTerms:
-        return classifier_loss(self.classifier(x, time), label)
+    def _judge(self, x: Tensor, t: Tensor, label: Tensor) -> ClassifierTerms:
+        return classifier_loss(self.classifier(x, self.diffusion.time(x, t)), label)
 
     # -- validation ----------------------------------------------------------------------------------------------------
 
@@ -99,12 +102,11 @@ class ClassifierTask(NoisedTask):
         key = (batch_idx, self.global_rank)
         fixed = generator(self.seed, "validation", *key, device=self.device)
         x0 = self.clean(batch, "validation", *key)
-        t, _ = StratifiedTimesteps(self.diffusion.schedule.num_train_timesteps)(len(x0), fixed)
-        seen = self._seen(x0, t, fixed)
+        x, t, _ = self._shown(x0, StratifiedTimesteps(self.diffusion.schedule.num_train_timesteps), fixed)
+        quarter = self._quarter(t if self.noised else None)
         for name, weights in self.weights():
             with weights:
-                values = torch.stack(self._judge(*seen, batch["label"]))
-            quarter = self._quarter(t) if self.noised else None
+                values = torch.stack(self._judge(x, t, batch["label"]))
             add_quarters(self._validation[name], quarter, values, values.mean(1), weight=len(x0))
 
     def on_validation_epoch_end(self) -> None:
