@@ -31,14 +31,13 @@ def draw(config: dict[str, Any], team: "Team") -> Path:
     from hydra.utils import instantiate
 
     from diffusion.checkpoint import load_model
-    from diffusion.evaluation.command import check_wanted, evaluation_for
+    from diffusion.evaluation.command import check_wanted
     from diffusion.sample_folder import sample_to_folder
 
-    evaluation = evaluation_for(config) if team.rank == 0 else None  # what is wrong with it is found before drawing
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
     model = load_model(config["checkpoint"], buildable=config["buildable"], autoencoder=config["autoencoder"])
-    if evaluation is not None:
-        check_wanted(evaluation, model.facts["shape"], config["num_samples"])
+    if team.rank == 0:
+        check_wanted(config, model)  # what is wrong with metrics= is found before drawing
     return sample_to_folder(model, sampler, guidance, config, team)
 
 
@@ -47,20 +46,19 @@ def main(cfg: DictConfig) -> None:
     """Sample in as many processes as there are, and measure in one."""
     from omegaconf import OmegaConf
 
-    from diffusion.evaluation.command import evaluation_for, measure
+    from diffusion.evaluation.command import RESULT, measure, needs_samples
     from diffusion.processes import together
 
     config = OmegaConf.to_container(cfg, resolve=True)
-    if config["samples"] is not None:
-        print(measure(evaluation_for(config), config["samples"]))
-        return
-    folder = together(draw, config, devices=config["devices"])
-    if folder is None:  # another process goes on
-        return
-    print(folder)
-    (folder / "metrics.json").unlink(missing_ok=True)  # of samples that were there before
-    if (evaluation := evaluation_for(config)) is not None:
-        print(measure(evaluation, folder))
+    images = config["samples"]
+    if needs_samples(config):
+        images = together(draw, config, devices=config["devices"])
+        if images is None:  # another process goes on
+            return
+        print(images)
+        (images / RESULT).unlink(missing_ok=True)  # of samples that were there before
+    if config["metrics"] or config["samples"]:
+        print(measure(config, images))
 
 
 if __name__ == "__main__":

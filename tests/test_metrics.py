@@ -14,8 +14,10 @@ from tiny import ROOT, run, save_tiny
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from diffusion.checkpoint import load_classifier
+from diffusion.checkpoint import load_classifier, load_model
+from diffusion.data.named import open_data
 from diffusion.evaluation import metrics as measured
+from diffusion.evaluation.bits_per_dim import bits_per_dim
 from diffusion.evaluation.features import LOGITS, POOLED, SPATIAL, choose_features, extracted, inception, pixels
 from diffusion.evaluation.metrics import Evaluation, frechet_distance, statistics_of
 from diffusion.evaluation.reference import Reference, Statistics, of_array, open_images, open_reference
@@ -450,6 +452,24 @@ def test_sample_py_measures_what_it_draws_and_what_is_there(tmp_path, monkeypatc
     assert status == 0, err
     again = json.loads((tmp_path / "out" / "images" / "metrics.json").read_text())
     assert again["scores"] == written["scores"]
+
+
+def test_bits_per_dim_are_those_of_the_checkpoint_and_nothing_is_drawn_for_them_alone(tmp_path, monkeypatch, capsys):
+    path = save_tiny(tmp_path / "model.safetensors")
+    line = [f"checkpoint={path}", f"out_dir={tmp_path / 'out'}", "sampler.num_steps=2", "num_samples=6", "seed=3"]
+    status, out, err = run("sample", [*line, "metrics=[bits_per_dim]", "reference=digits"], monkeypatch, capsys)
+    assert status == 0, err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.json"]
+    alone = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    expected = bits_per_dim(load_model(path), open_data("digits").val_set, 3, num_images=6)
+    assert alone["scores"] == {"bits_per_dim_6": pytest.approx(expected["bits_per_dim"], rel=1e-5)}
+    assert "6 of the 597 images of data set digits (val), 100 steps" in out
+    both = [*line, "metrics=[kid,bits_per_dim]", "reference=digits", "features=pixels"]
+    status, out, err = run("sample", both, monkeypatch, capsys)
+    assert status == 0, err
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())["scores"]
+    assert list(scores) == ["kid_6_pixels", "kid_std_6_pixels", "bits_per_dim_6"]
+    assert scores["bits_per_dim_6"] == alone["scores"]["bits_per_dim_6"]
 
 
 def test_scores_of_former_samples_do_not_stay_beside_new_ones(tmp_path, monkeypatch, capsys):

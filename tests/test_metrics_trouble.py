@@ -331,6 +331,10 @@ def test_settings_and_splits_of_what_has_none_are_refused(tmp_path):
         (["metrics=[kid]", "reference=shapes", "features=pixels"], "8x8 (the samples) and 32x32"),
         (["metrics=[precision]", "reference=digits", "features=pixels", "num_samples=2"], "2 images are too few"),
         (["metrics=[fid]", "reference=digits", "features=clip"], "neither inception nor pixels"),
+        (["metrics=[bits_per_dim]"], "bits_per_dim is of a data set"),
+        (["metrics=[bits_per_dim]", "reference=configs"], "reference=image_folder reference_data={root: DIR}"),
+        (["metrics=[bits_per_dim]", "reference=shapes"], "data.num_classes is 10"),
+        (["metrics=[bits_per_dim]", "reference=digits", "samples=images"], "leave out samples=images"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_drawn(words, said, tmp_path, monkeypatch, capsys):

@@ -49,6 +49,11 @@ def check_compared(metrics: Sequence[str], reference: object | None) -> None:
         )
 
 
+def counted(number: int) -> str:
+    """Return a number of images as scores' names have it: 500, 2k, 50k."""
+    return f"{number // 1000}k" if number % 1000 == 0 else str(number)
+
+
 class Evaluation:
     """The chosen metrics against one reference, whose features are extracted once, when they are first needed.
 
@@ -113,7 +118,8 @@ class Evaluation:
             worded = " and ".join(f"{size[1]}x{size[0]} ({name})" for name, (size, _) in sides.items())
             raise ValueError(
                 f"images of different sizes cannot be compared: {worded}; give resize=N, which makes every image NxN "
-                "(shorter side resized by Lanczos, centre cut out) on both sides, or a reference of the samples' size"
+                "(shorter side resized by Lanczos, centre cut out) on both sides, or a reference of the samples' size "
+                "(for a data set that has a choice: reference_data={image_size: N})"
             )
         return self._doubts(sides)
 
@@ -165,9 +171,9 @@ class Evaluation:
         found = self._extract(samples, self.metrics, channels)
         real, statistics = self._of_reference(channels, found)
         values = self._scores(found, real, statistics)
-        counted = f"{samples.count // 1000}k" if samples.count % 1000 == 0 else str(samples.count)
+        many = counted(samples.count)
         return {
-            "scores": {f"{name}_{counted}_{self.extractor.name}": value for name, value in values.items()},
+            "scores": {f"{name}_{many}_{self.extractor.name}": value for name, value in values.items()},
             "num_samples": samples.count,
             "samples": samples.described,
             "num_reference": None if statistics or not real else len(next(iter(real.values()))),
@@ -346,5 +352,11 @@ def report(result: Mapping[str, Any], path: Path | None = None) -> str:
     for key in ("samples", "reference", "features", "resize", "comparable"):
         if result.get(key):
             lines.append(f"{key}: {result[key]}")
-    lines += [f"{name}: {said}" for name, said in result["settings"].items()]
+    lines += [f"{name}: {said}" for name, said in result.get("settings", {}).items()]
+    if bits := result.get("bits_per_dim"):
+        error = f"standard error {bits['standard_error']:.2g}, " if bits["standard_error"] else ""
+        lines.append(
+            f"bits_per_dim: {error}{bits['num_images']} of the {bits['of_images']} images of {bits['images']}, "
+            f"{bits['num_steps']} steps, {bits['weights']} weights"
+        )
     return "\n".join(lines if path is None else [*lines, f"in {path}"])

@@ -63,20 +63,20 @@ class Reference:
 def open_reference(
     reference: str | Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     settings: Mapping[str, Any] | None = None,
     resize: int | None = None,
 ) -> Reference:
     """Open a data set by its config's name, a folder of images, or an .npz of images or statistics.
 
-    `split` ("train" or "val") and `settings` are those of a data set. `resize` N makes every image NxN: shorter side
-    resized by Lanczos, centre cut out. Raises ValueError, and says what was found, for anything else.
+    `split` ("train", as without, or "val") and `settings` are those of a data set. `resize` N makes every image NxN:
+    shorter side resized by Lanczos, centre cut out. Raises ValueError, and says what was found, for anything else.
     """
     from diffusion.data.named import data_names, open_data
 
     if str(reference) in data_names():
         data = open_data(str(reference), settings)
-        return of_data(data, split, name=str(reference), resize=resize)
+        return of_data(data, split or "train", name=str(reference), resize=resize)
     if settings:
         raise ValueError(f"reference_data={dict(settings)} is for data sets, but reference={reference} is none")
     path = Path(reference).expanduser()

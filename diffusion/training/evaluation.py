@@ -14,7 +14,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
 from diffusion.data.base import ImageData
-from diffusion.evaluation.command import check_wanted, evaluation_for, write
+from diffusion.evaluation.command import check_shape, evaluation_for, write
 from diffusion.evaluation.metrics import Evaluation
 from diffusion.evaluation.reference import of_array, of_data
 from diffusion.generate import choose_labels
@@ -89,7 +89,7 @@ class SampleMetrics(Drawing):
                 resize=self.settings["resize"],
             )
         self.evaluation = evaluation_for(self.settings, device=str(pl_module.device), reference=own, silent=True)
-        check_wanted(self.evaluation, self.data.shape, self.num_samples)
+        check_shape(self.evaluation, self.data.shape, self.num_samples)
         print(self.cost(trainer, pl_module), file=sys.stderr)
 
     def cost(self, trainer: Trainer, task: LightningModule) -> str:
