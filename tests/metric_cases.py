@@ -54,3 +54,9 @@ def save_random_inception(path: Path, monkeypatch) -> Path:
             module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=torch.Generator().manual_seed(fan_in))
     torch.save(net.state_dict(), path)
     return path
+
+
+def score(result: dict, metric: str) -> float:
+    """The one score of this metric, whatever its name carries besides."""
+    (found,) = [value for name, value in result["scores"].items() if name.split("_")[0] == metric and "std" not in name]
+    return found
