@@ -289,6 +289,16 @@ def test_a_survey_counts_every_step_once(count, part, steps):
     assert count == 1 or weights[0, -1] == weights[-1, 0] == 0  # inner borders
 
 
+@pytest.mark.parametrize(
+    ("count", "part", "steps", "bound"), [(3, 8, 40, 0.02), (6, 11, 256, 0.004), (12, 8, 256, 0.002)]
+)
+def test_a_survey_sums_what_bends_as_the_trapezoidal_rule_does(count, part, steps, bound):
+    starts = torch.tensor([round(i * (steps - part) / (count - 1)) for i in range(count)])
+    places = (starts[:, None] + torch.arange(part) + 0.5) / steps
+    mean = (survey_weights(count, part, steps) * places.square()).sum() / steps
+    assert mean.item() == pytest.approx(1 / 3, abs=bound)
+
+
 def test_the_norms_are_put_back_even_after_an_error():
     net = tiny()
     before = dict(net.named_modules())
