@@ -113,7 +113,7 @@ def check_kind(header: Header, wanted: str) -> None:
         found, needed = (f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in (header.kind, wanted))
         raise ValueError(
             f"{header.path} holds {found}, but {needed} is needed here. Its own use is "
-            f"{USES[header.kind].replace('FILE', str(header.path))}; {needed} comes from train.py task={wanted}"
+            f"{USES[header.kind].replace('FILE', str(header.path))}; {needed} is what train.py makes with task={wanted}"
         )
     for name in NODES[wanted]:
         if not isinstance(header.config.get(name), dict):

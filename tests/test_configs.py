@@ -63,6 +63,7 @@ CLASSIFIERS = [experiment for experiment in options("experiment") if trains(expe
 GUIDES = {
     "digits_classifier": ["digits_unconditional", "digits"],
     "shapes_classifier": ["shapes"],
+    "classifier": ["image_folder"],
     "imagenet64_classifier": ["adm_imagenet64"],
     "imagenet128_classifier": ["adm_imagenet128"],
     "imagenet256_classifier": ["adm_imagenet256", "adm_imagenet256_unconditional"],
@@ -132,7 +133,8 @@ def test_every_autoencoder_recipe_builds_what_fits_its_images(experiment):
 
 @pytest.mark.parametrize("experiment", CLASSIFIERS)
 def test_every_classifier_recipe_builds_what_fits_its_images_and_the_denoisers_that_it_guides(experiment):
-    config = composed(f"experiment={experiment}")
+    classes = ["data.num_classes=10"] if experiment == "classifier" else []  # the user's
+    config = composed(f"experiment={experiment}", *classes)
     data = config["data"]
     shape = (data["channels"], data["image_size"], data["image_size"])
     with torch.device("meta"):

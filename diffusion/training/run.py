@@ -175,7 +175,7 @@ def build_task(config: Mapping[str, Any]) -> LightningModule:
         kind = settings["_target_"].rpartition(".")[2]
         raise ValueError(
             f"{kind} takes no task.{', task.'.join(foreign)}: the recipe is one for another task; choose another one "
-            "with experiment=NAME (experiment=autoencoder is a plain one for autoencoders)"
+            "with experiment=NAME (experiment=autoencoder and experiment=classifier are plain ones for your own images)"
         )
     parts = {}
     for name in wanted:
