@@ -1,6 +1,7 @@
 """Classifier guidance against closed forms: data whose classes, denoiser and classifier are known exactly."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -502,8 +503,19 @@ class Broken(Small):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_gradient_that_is_not_finite_is_one_clear_error(eta):
+    guidance, steps = ClassifierGuidance(classifier=Broken(), classifier_scale=3.5), []
     with pytest.raises(NonFiniteGradient, match=r"not finite at timestep 99, with classifier_scale=3.5; lower the"):
-        drawn(ClassifierGuidance(classifier=Broken(), classifier_scale=3.5), eta=eta)
+        drawn(guidance, eta=eta, on_step=lambda: steps.append(1))
+    assert len(steps) == 5  # at once: the grid is 199, 179, ..., 99, ...
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """On tensors without data whatever asked for a value would be an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no such device
+    labels = torch.zeros(4, dtype=torch.long, device="meta")
+    push = LogProbGrad(lambda x, t: x.sin().flatten(1)[:, :3], labels, time=GaussianDiffusion(linear(T)).time)
+    for t in (90, 80):
+        assert push(torch.empty(SHAPE, device="meta"), t).shape == SHAPE
 
 
 def test_where_the_device_is_not_waited_for_the_first_broken_timestep_is_found_at_the_end():
@@ -512,6 +524,19 @@ def test_where_the_device_is_not_waited_for_the_first_broken_timestep_is_found_a
     with pytest.raises(NonFiniteGradient, match="timestep 80"):
         push.check()
     push.check()  # what was said is not said again
+
+
+def test_samples_are_only_given_out_after_that_check(monkeypatch):
+    class Late:
+        def __call__(self, x, t):
+            return torch.zeros_like(x)
+
+        def check(self):
+            raise NonFiniteGradient("said at the end")
+
+    monkeypatch.setattr(ClassifierGuidance, "log_prob_grad", lambda *args, **kwargs: Late())
+    with pytest.raises(NonFiniteGradient, match="said at the end"):
+        drawn(ClassifierGuidance(classifier=Small()))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
