@@ -204,6 +204,8 @@ def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     parts = {f"{name}_sha256": part["sha256"] for name, part in model.parts.items()}
     if classifier := config["guidance"].get("classifier_checkpoint"):
         parts["classifier_sha256"] = file_hash(classifier)
+    if (images := config.get("condition_image")) is not None:
+        parts["condition_image_sha256"] = files_hash([images] if isinstance(images, str) else images)
     return {
         **asked,
         **parts,
@@ -226,3 +228,12 @@ def file_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(paths: Sequence[str]) -> str:
+    """Return one SHA-256 of several files, and of all that lies in folders among them."""
+    found = hashlib.sha256()
+    for path in (Path(path).expanduser() for path in paths):
+        below = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found.update("".join(file_hash(file) for file in below if file.is_file()).encode())
+    return found.hexdigest()

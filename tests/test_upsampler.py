@@ -14,10 +14,11 @@ from diffusion.condition_images import choose_images
 from diffusion.conditioning import JointConditioner, LowResolutionConditioner
 from diffusion.generate import choose_asked, generate
 from diffusion.guidance import NoGuidance
-from diffusion.images import save_npz, save_png
+from diffusion.images import read_text, save_npz, save_png
 from diffusion.pretrained import guided_diffusion
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator
+from diffusion.sample_folder import files_hash
 from diffusion.sampling import Sampler
 from diffusion.schedule import cosine
 from diffusion.training.denoiser import DenoiserTask
@@ -254,6 +255,9 @@ def test_the_recipe_trains_on_a_folder_and_samples_in_two_stages(tmp_path, monke
     assert found["arr_0"].shape == (5, 16, 16, 3) and found["arr_1"].tolist() == labels
     one = sampled("one", f"condition_image={tmp_path / 'small.png'}", "labels=0", "num_samples=1", "seed=2")
     assert np.array_equal(one["arr_0"][0], found["arr_0"][2])
+    text = read_text(tmp_path / "one" / "images" / "000000.png")
+    assert text["condition_image"].endswith("small.png")
+    assert text["condition_image_sha256"] == files_hash([str(tmp_path / "small.png")])
     words = [*common, f"out_dir={tmp_path / 'no'}", f"condition_image={tmp_path / 'small.png'}", "num_samples=1"]
     for more, message in (([], "add labels=[3,7]"), (["labels=0", "condition_noise=0.1"], "trained without noise")):
         status, _, err = run("sample", [*words, *more], monkeypatch, capsys)
@@ -327,6 +331,15 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     assert asked(noisy, **given, condition_noise=0.25).condition_noise == 0.25
     with pytest.raises(ValueError, match=r"condition_noise=0.4 is outside of the levels 0 to 0.3"):
         asked(noisy, **given, condition_noise=0.4)
+
+
+def test_what_samples_are_conditioned_on_is_known_by_its_content(tmp_path):
+    folder = tmp_path / "folder"
+    save_png(bytes_image(4, 4, 3), folder / "a.png")
+    before = files_hash([str(folder)])
+    assert before == files_hash([str(folder)]) != files_hash([str(folder), str(folder)])
+    save_png(bytes_image(4, 4, 3, seed=1), folder / "a.png")
+    assert files_hash([str(folder)]) != before
 
 
 def test_pictures_are_turned_upright_before_they_are_measured(tmp_path):
