@@ -61,9 +61,10 @@ class Parts:
         Raises ValueError for a folder that holds finished samples or has been begun with other settings, unless
         `overwrite`, and for one in which another run is at work; OSError for a disk with too little space.
         """
-        self._refuse_finished(overwrite)
+        if not self.folder.exists():
+            self._refuse_finished(overwrite)
         self._take(exclusively=True)
-        self._refuse_finished(overwrite)  # while this one waited
+        self._refuse_finished(overwrite)
         settings, versions = json.loads(json.dumps([settings, versions]))
         note = self.folder / NOTE
         if note.exists():
@@ -86,8 +87,7 @@ class Parts:
 
     def _refuse_finished(self, overwrite: bool) -> None:
         if (self.out_dir / "samples.npz").exists() and not (self.folder / NOTE).exists() and not overwrite:
-            if self._lock is not None:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)  # what a kill at the very end has left, and the lock
             raise ValueError(f"{self.out_dir} already holds samples; choose another out_dir, or overwrite=true")
 
     def _report(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -12,8 +12,10 @@ from tiny import run, save_tiny
 
 import diffusion.generate
 import diffusion.sample_folder
-from diffusion.images import read_text, save_npz
+from diffusion.images import grid, read_text, save_npz
 from diffusion.sample_parts import Parts, changes
+
+FINISHED = ["config.yaml", "grid.png", "images", "samples.npz"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,24 @@ def test_whatever_stops_a_run_the_same_command_ends_it(
         for folder in ("whole", "out")
     )
     assert len(ours) == 22 and ours == whole_run
-    assert not (tmp_path / "out" / "parts").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FINISHED
+
+
+def test_what_is_left_by_a_kill_at_the_very_end_is_taken_away(checkpoint, tmp_path, monkeypatch, capsys):
+    line = words(checkpoint, tmp_path / "out", "num_samples=20", "batch_size=4", "pad_to=4")
+
+    def half(folder, **how):
+        next(folder.glob("*.npy")).unlink()
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", half)
+        with pytest.raises(Crash):
+            run("sample", line, monkeypatch, capsys)
+    assert len(list((tmp_path / "out" / "parts").glob("*.npy"))) == 4
+    status, _, err = run("sample", line, monkeypatch, capsys)
+    assert status == 2 and "already holds samples" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FINISHED
 
 
 def stop_half_way(checkpoint, out_dir, monkeypatch, capsys, *arguments):
@@ -186,6 +205,8 @@ def test_pictures_may_be_left_out_and_the_grid_shows_a_hundred(checkpoint, tmp_p
     assert not (tmp_path / "first" / "images").exists()
     sheets = [np.asarray(Image.open(tmp_path / name / "grid.png")) for name in ("all", "first")]
     assert np.array_equal(*sheets)
+    images = np.load(tmp_path / "all" / "samples.npz")["arr_0"]
+    assert np.array_equal(sheets[0], np.asarray(grid(images, 10, captions=[*map(str, range(10)), *[""] * 90])))
     assert np.load(tmp_path / "first" / "samples.npz")["arr_0"].shape[0] == 130
 
 
