@@ -12,9 +12,10 @@ from training_cases import Stopped, assert_same_outcome, tiny
 
 from diffusion.condition_images import choose_images
 from diffusion.conditioning import JointConditioner, LowResolutionConditioner
+from diffusion.data.digits import Digits
 from diffusion.generate import choose_asked, generate
 from diffusion.guidance import NoGuidance
-from diffusion.images import read_text, save_npz, save_png
+from diffusion.images import read_text, save_npz, save_png, to_uint8
 from diffusion.pretrained import guided_diffusion
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator
@@ -262,6 +263,32 @@ def test_the_recipe_trains_on_a_folder_and_samples_in_two_stages(tmp_path, monke
     for more, message in (([], "add labels=[3,7]"), (["labels=0", "condition_noise=0.1"], "trained without noise")):
         status, _, err = run("sample", [*words, *more], monkeypatch, capsys)
         assert status == 2 and message in err
+
+
+@pytest.mark.slow
+def test_a_trained_upsampler_draws_what_the_small_digits_show(tmp_path, monkeypatch, capsys):
+    """Digits from a quarter of their pixels: reduced again, they are the small ones, and the small ones are noisy."""
+    words = ["conditioner=lowres_concat", "conditioner.factor=2", "conditioner.kernel=area"]
+    words += ["conditioner.train_noise=[0,0.3]", "conditioner.tell_noise=true", "net.in_channels=3"]
+    words += ["task.condition_drop=0", "trainer.max_steps=150", "callbacks=quiet", f"run_dir={tmp_path / 'run'}"]
+    status, _, err = run("train", words, monkeypatch, capsys)
+    assert status == 0, err
+    data = Digits()
+    data.setup()
+    real = data.val_set.samples(range(100))
+    small = F.interpolate(real["image"], 4, mode="area")
+    save_npz(tmp_path / "small.npz", to_uint8(small), real["label"].tolist())
+    errors = {}
+    for level in (0.0, 0.3):
+        words = [f"checkpoint={tmp_path / 'run' / 'model.safetensors'}", f"condition_image={tmp_path / 'small.npz'}"]
+        words += [f"condition_noise={level}", f"out_dir={tmp_path / str(level)}", "num_samples=100", "guidance=none"]
+        status, _, err = run("sample", [*words, "sampler.num_steps=20", "save_images=false"], monkeypatch, capsys)
+        assert status == 0, err
+        drawn = as_floats(np.load(tmp_path / str(level) / "samples.npz")["arr_0"])
+        reduced = F.interpolate(drawn, 4, mode="area")
+        errors[level] = (reduced - small).abs().mean().item()
+        assert errors[level] < 0.5 * (reduced.flip(0) - small).abs().mean().item()
+    assert errors[0.0] < errors[0.3] and errors[0.0] < 0.15
 
 
 # --- what a user gives -----------------------------------------------------------------------------------------------
