@@ -14,6 +14,7 @@ from training_cases import Stopped, assert_same_outcome, tiny
 
 from diffusion.checkpoint import load_autoencoder, load_classifier, read_header, weights_hash
 from diffusion.data.digits import Digits
+from diffusion.latents import encode_moments
 from diffusion.process import q_sample
 from diffusion.randomness import generator
 from diffusion.timestep_samplers import ImportanceTimesteps, StratifiedTimesteps
@@ -168,6 +169,16 @@ def test_each_step_shows_the_keyed_noise_at_the_keyed_timesteps(tmp_path):
         eps = torch.randn(x.shape, generator=draws)
         assert torch.equal(t, expected)
         assert torch.equal(x, q_sample(batch["image"], eps, schedule.level(t)))
+
+
+def test_latents_are_drawn_anew_for_each_key_and_alike_for_the_same(tmp_path, autoencoder):
+    task = build_task(latent_classifier(tmp_path, autoencoder))
+    batch = {"image": torch.linspace(-1, 1, 3 * 64).view(3, 1, 8, 8)}
+    mean, logvar = encode_moments(task.autoencoder, batch["image"]).chunk(2, dim=1)
+    for key in (("train", 0, 0), ("train", 1, 0), ("train", 0, 1), ("validation", 0, 0)):
+        noise = torch.randn(mean.shape, generator=generator(0, "latent", *key))
+        drawn = (mean + (logvar / 2).exp() * noise - 0.1) * 0.7  # the file's shift and scale_factor
+        torch.testing.assert_close(task.clean(batch, *key), drawn)
 
 
 def test_the_network_is_told_scaled_times_where_the_process_says_so(tmp_path):

@@ -143,7 +143,7 @@ class Classifier(StageNetwork):
         self.num_classes, self.image_size, self.pool = num_classes, image_size, pool
         parsed = tuple(map(Stage.parse, stages))
         features = self._add_way_down(parsed, middle)
-        self._check_size(torch.empty(1, 1, image_size, image_size, device="meta"))
+        self._check_size(image_size, image_size)
         self.head = self._head(parsed[-1], features, pool_channels)
         self.to(memory_format=torch.channels_last)
 
@@ -182,7 +182,7 @@ class Classifier(StageNetwork):
                 f"the classifier takes images of {self.in_channels} channels, but got {x.shape[1]}; take one that was "
                 "trained on such images"
             )
-        self._check_size(x)
+        self._check_size(*x.shape[-2:])
         if self.pool == "attention" and tuple(x.shape[-2:]) != (self.image_size, self.image_size):
             raise ValueError(
                 f"the classifier's attention pool takes {self.image_size}x{self.image_size}, but got "

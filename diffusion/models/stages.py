@@ -266,8 +266,8 @@ class StageNetwork(nn.Module):
             return checkpoint(part, h, *args, use_reentrant=False)
         return part(h, *args)
 
-    def _check_size(self, x: Tensor) -> None:
-        for name, size in zip("HW", x.shape[-2:], strict=True):
+    def _check_size(self, height: int, width: int) -> None:
+        for name, size in (("H", height), ("W", width)):
             if size % self.size_factor or size == 0:
                 below = size // self.size_factor * self.size_factor
                 nearest = " or ".join(str(s) for s in (below, below + self.size_factor) if s)

@@ -150,7 +150,7 @@ class UNet(StageNetwork):
                 f"the network takes {self.in_channels} input channels, x and concat together, but got {x.shape[1]}; "
                 "pass the missing ones as concat or build the network with matching in_channels"
             )
-        self._check_size(x)
+        self._check_size(*x.shape[-2:])
         return x
 
     def _embed(self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
