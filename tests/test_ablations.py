@@ -1,5 +1,7 @@
 """ADM's ablations: each composes with any recipe, builds, and differs from the baseline in what it is named after."""
 
+from functools import cache
+
 import pytest
 import torch
 from tiny import ROOT, run
@@ -29,8 +31,13 @@ STAGES = {
 }
 
 
-def net(name: str, *overrides: str) -> dict:
-    return composed("train", [*overrides, f"net=ablation/{name}"])["net"]
+@cache
+def recipe(name: str, experiment: str) -> dict:
+    return composed("train", [experiment, f"net=ablation/{name}"])
+
+
+def net(name: str, experiment: str) -> dict:
+    return recipe(name, experiment)["net"]
 
 
 def meta(node: dict) -> torch.nn.Module:
@@ -63,10 +70,10 @@ def test_each_ablation_changes_one_thing_of_the_baseline(name):
     assert (different(*stages) if stages else {}) == STAGES.get(name, {})
 
 
-@pytest.mark.parametrize("recipe", [PAPERS, SMALL, "experiment=digits"])
+@pytest.mark.parametrize("experiment", [PAPERS, SMALL, "experiment=digits"])
 @pytest.mark.parametrize("name", ["baseline", *NAMES])
-def test_each_ablation_fits_the_recipes_images(name, recipe):
-    config = composed("train", [recipe, f"net=ablation/{name}"])
+def test_each_ablation_fits_the_recipes_images(name, experiment):
+    config = recipe(name, experiment)
     built = meta(config["net"])
     assert config["data"]["image_size"] % built.size_factor == 0
     assert built.out_channels == config["out_channels"] and built.num_classes == config["data"]["num_classes"]
@@ -119,9 +126,7 @@ def test_equal_stages_are_adms_tables():
 
 
 def test_impossible_stages_are_refused():
-    with pytest.raises(
-        ValueError, match=r"image_size=48 has no channel_mults of its own; .*known sizes: 8,"
-    ):
+    with pytest.raises(ValueError, match=r"image_size=48 has no channel_mults of its own; .*known sizes: 8,"):
         equal_stages(48)
     with pytest.raises(ValueError, match=r"attention=\[0, -1\] counts stages from the lowest, -1; \[0\] are not"):
         equal_stages(8, attention=[0, -1])

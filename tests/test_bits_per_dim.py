@@ -89,9 +89,9 @@ def test_the_bound_of_an_exact_denoiser_is_the_entropy_of_the_data():
     assert result["bits_per_dim"] == pytest.approx(result["prior"] + result["vb"], rel=1e-6)
     net.learned = False
     for variance in ("posterior", "jump"):  # a fixed variance cannot be exact at every step
-        fixed = bits_per_dim(loaded(net, GaussianDiffusion(schedule, "eps", variance)), Pixels(), batch_size=20)
-        assert fixed["bits_per_dim"] > result["bits_per_dim"]
-        assert fixed["mse"] == pytest.approx(result["mse"], rel=1e-5)
+        fixed = bits_per_dim(loaded(net, GaussianDiffusion(schedule, "eps", variance)), Pixels(), num_images=10)
+        assert fixed["bits_per_dim"] > result["bits_per_dim"] + 4 * result["standard_error"]
+        assert fixed["mse"] == pytest.approx(result["mse"], rel=0.05)  # the mean is the same
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -57,7 +58,11 @@ MILLIONS = {"64_256_upsampler.pt": 312, "128_512_upsampler.pt": 309, "lsun_cat.p
 
 
 def settings(file: str) -> dict:
-    entry = FILES[file]
+    return config_of(FILES[file])
+
+
+@cache
+def config_of(entry: Published) -> dict:
     return composed("train", [f"experiment={entry.recipe}", *entry.overrides])
 
 
