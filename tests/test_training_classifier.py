@@ -122,9 +122,9 @@ def whole(tmp_path_factory) -> Path:
     ("way", "stops"),
     [
         ("pixels", [(2,), (5, "on_validation_batch_end"), (10, "on_validation_start")]),
-        ("odd_accumulated", [(5,), (7, "on_train_batch_start")]),
-        ("latents", [(7,)]),
-        ("cached", [(7,)]),
+        ("odd_accumulated", [(7, "on_train_batch_start")]),
+        ("latents", [(4,)]),
+        ("cached", [(4,)]),
     ],
 )
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, autoencoder, way, stops):
@@ -132,7 +132,8 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, autoencoder, w
         if way in ("pixels", "odd_accumulated"):
             return tiny_classifier(tmp_path / name, **(EVEN if way == "pixels" else ODD), **changes)
         cache = {"latent_cache": str(tmp_path / f"{name}_cache")} if way == "cached" else {}
-        return latent_classifier(tmp_path / name, autoencoder, **EVEN, **changes) | cache
+        short = {"trainer__max_steps": 6, **EVEN}
+        return latent_classifier(tmp_path / name, autoencoder, **short, **changes) | cache
 
     train(config("whole"))
     for at in stops:
@@ -143,11 +144,12 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, autoencoder, w
 
 
 def test_a_cache_of_latents_gives_the_run_that_encoding_gives(tmp_path, autoencoder):
-    train(latent_classifier(tmp_path / "encoding", autoencoder, **EVEN))
-    train(latent_classifier(tmp_path / "cached", autoencoder, **EVEN) | {"latent_cache": str(tmp_path / "cache")})
+    short = {"trainer__max_steps": 6, **EVEN}
+    train(latent_classifier(tmp_path / "encoding", autoencoder, **short))
+    train(latent_classifier(tmp_path / "cached", autoencoder, **short) | {"latent_cache": str(tmp_path / "cache")})
     for name in ("train/loss", "val/loss"):
         one, other = (column(tmp_path / folder, name) for folder in ("encoding", "cached"))
-        assert one == pytest.approx(other, rel=1e-4) and len(one) > 1
+        assert one == pytest.approx(other, rel=1e-4) and len(one) > 0
 
 
 def test_another_seed_gives_another_run_and_the_process_seed_does_not(tmp_path):
