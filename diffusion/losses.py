@@ -1,4 +1,4 @@
-"""What are networks trained on? A denoiser's losses and their weights by SNR, the variational bound, a classifier's loss.
+"""What are networks trained on? Denoising losses, their weights by SNR, the variational bound, a classifier's loss.
 
 DDPM (2006.11239), iDDPM's hybrid (2102.09672), min-SNR (2303.09556), P2 (2204.00227), truncated SNR (2202.00512).
 """
