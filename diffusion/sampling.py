@@ -20,7 +20,6 @@ from .process import (
     GaussianDiffusion,
     Prediction,
     last_variances,
-    mix,
     reverse_variance,
     transition,
     variances,
@@ -105,7 +104,7 @@ def step(
         before = variances(level(history[1][0]), here)[1]
         var = reverse_variance(variance, *last_variances(variance, variances(here, there)[0], before), p.var_frac)
     if shift is not None and (gradient := shift(x, t)) is not None:
-        mean = mix(1.0, mean, var, gradient)
+        mean = mean + var * gradient
     if eta == 0 or s == CLEAN:
         return mean, history
     fresh = noise(x)

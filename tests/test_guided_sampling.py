@@ -256,6 +256,10 @@ def test_a_loaded_classifier_can_be_given_in_python(files):
     settings = {"shape": (1, 8, 8), "num_classes": None, "autoencoder": None}
     given = with_classifier(ClassifierGuidance(classifier=judge), model.diffusion, **settings)
     assert given.net is judge.net and not any(weight.requires_grad for weight in given.net.parameters())
+    by_file = ClassifierGuidance(classifier_checkpoint=str(files["judge"]))
+    for dtype, own in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        loaded = with_classifier(by_file, model.diffusion, **settings, dtype=dtype)
+        assert {weight.dtype for weight in loaded.net.parameters()} == {own}
     plain = NoGuidance()
     assert with_classifier(plain, model.diffusion, **settings) is plain
     with pytest.raises(ValueError, match="judges pixels, but the denoiser draws the latents"):
