@@ -5,6 +5,7 @@
     uv run sample.py labels=[3,7] guidance.guidance_scale=4 sampler.num_steps=20
     uv run sample.py checkpoint=FILE prompt="a small red star on a blue background" negative_prompt="a circle"
     uv run sample.py sampler=ddpm guidance=none
+    uv run sample.py checkpoint=FILE labels=[3,7] guidance=classifier guidance.classifier_checkpoint=FILE
     uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
     uv run sample.py out_dir=outputs/many num_samples=50000 devices=8   # on 8 GPUs; stopped, the same command goes on
     uv run torchrun --nproc-per-node=8 sample.py out_dir=outputs/many num_samples=50000          # or so, or with srun
