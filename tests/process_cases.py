@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -72,6 +73,7 @@ def _rank(work: Callable[[], Any], variables: Mapping[str, str], output: Path) -
         del os.environ[name]
     os.environ.update(variables)
     status = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with open(output, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
