@@ -5,16 +5,20 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "checkpoint": ("LoadedModel", "load_autoencoder", "load_model", "read_header", "save_model"),
+    "checkpoint": ("LoadedModel", "load_autoencoder", "load_classifier", "load_model", "read_header", "save_model"),
     "conditioning": (
         *("ClassConditioner", "Conditioner", "ImageConditioner", "JointConditioner", "LowResolutionConditioner"),
         "TextConditioner",
     ),
     "denoiser": ("Denoiser", "denoiser_pair"),
-    "guidance": ("ClassifierFreeGuidance", "NoGuidance", "classifier_score", "clip_x0", "threshold_x0"),
+    "guidance": (
+        *("ClassifierFreeGuidance", "ClassifierGuidance", "NoGuidance", "classifier_score", "clip_x0"),
+        "threshold_x0",
+    ),
     "likelihood": ("bits_per_dim", "vlb_term"),
     "losses": ("P2", "DenoisingLoss", "MinSNR", "TruncatedSNR"),
     "models.autoencoder": ("AutoencoderKL",),
+    "models.classifier": ("Classifier",),
     "models.conv_vae": ("ConvVAE",),
     "models.text": ("TextTransformer",),
     "models.unet": ("Stage", "UNet"),
