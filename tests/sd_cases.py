@@ -235,7 +235,9 @@ def autoencoder(config: dict[str, Any], *, seed: int = 1) -> nn.Module:
     vae = scaled(AutoencoderKL(**settings, **config), seed=seed)
     with torch.no_grad():
         vae.decoder.conv_out.weight *= 0.5
-        vae.encoder.conv_out.weight *= 3.0  # so that latents of pictures have a spread near 1 / scaling_factor
+        vae.encoder.conv_out.weight *= 9.0  # latents of pictures are spread by about 1 / scaling_factor
+        vae.quant_conv.weight[4:] *= 0.01  # and hardly by themselves, as in the published ones: a draw is the mean
+        vae.quant_conv.bias[4:] = -18.0
     return vae
 
 
