@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
+from .grids import Grid, as_grid, check_spacing
 from .guidance import LEAST_SNR, Gradient, Levels, classifier_score, clip_x0, threshold_x0
 from .process import (
     VARIANCE_ALIASES,
@@ -25,10 +26,11 @@ from .process import (
     variances,
 )
 from .randomness import fold
-from .schedule import CLEAN, SPACINGS, Schedule
-from .solvers import History, euler
+from .schedule import CLEAN, Schedule
+from .solvers import History, Solver, euler, find_solver
 
 Noise = Callable[[Tensor], Tensor]  # noise(x): standard normal, shaped like x
+Project = Callable[[Tensor, float], Tensor]  # project(x, t): x at timestep t, put where it has to be
 
 
 class SampleNoise:
@@ -75,7 +77,7 @@ def step(
     s: float,
     history: History = (),
     *,
-    solver: Callable = euler,
+    solver: str | Solver | Callable[..., Prediction] = euler,
     eta: float = 0.0,
     variance: str = "posterior",
     shift: Gradient | None = None,
@@ -99,7 +101,7 @@ def step(
         p = denoise(x, ask(t, s))
         p = Prediction.from_eps(x, p.eps, here, p.var_frac)
     history = ((t, p), *history[:3])
-    mean, var = transition(solver(denoise, level, x, t, s, history), here, there, eta, variance)
+    mean, var = transition(find_solver(solver)(denoise, level, x, t, s, history), here, there, eta, variance)
     if shift is not None and s == CLEAN and len(history) > 1 and variance != "posterior":
         before = variances(level(history[1][0]), here)[1]
         var = reverse_variance(variance, *last_variances(variance, variances(here, there)[0], before), p.var_frac)
@@ -118,11 +120,14 @@ def sample(
     x: Tensor,
     timesteps: Sequence[float] | Iterable[tuple[float, float]],
     level: Levels,
+    *,
+    project: Project | None = None,
     **step_kwargs,
 ) -> Iterator[State]:
     """Walk x along `timesteps` (or along explicit (t, s) intervals) and yield each State; no gradients.
 
-    A rising grid inverts: `sample(denoise, x0, (CLEAN, *grid), level)` is DDIM inversion.
+    A rising grid inverts: `sample(denoise, x0, (CLEAN, *grid), level)` is DDIM inversion. `project(x, t)` is applied
+    to the start and to the x of every State (t is its s): what is known of a picture goes back in there.
     """
     intervals = list(timesteps)
     if intervals and not isinstance(intervals[0], tuple):
@@ -131,7 +136,9 @@ def sample(
     for index, (t, s) in enumerate(intervals, start=1):
         # A generator must not hold `no_grad` while its caller runs; where the caller does, there is nothing to enter.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            x = project(x, t) if project is not None and index == 1 else x
             x, history = step(denoise, level, x, t, s, history, **step_kwargs)
+            x = project(x, s) if project is not None else x
         yield State(index, t, s, x, history[0][1])
 
 
@@ -142,11 +149,11 @@ class Sampler:
     `eta` 0 is DDIM, 1 is DDPM. `variance` None takes the model's own (learned included); DDIM proper uses "posterior".
     `clip`: "clip" (pixels in [-1, 1]), "dynamic" (Imagen, at `dynamic_quantile`), None (latents), or "auto": as "clip",
     unless the caller says that these are latents (`generate` does).
-    `num_steps`, `spacing`, `final`, `offset`: see `Schedule.timesteps`.
+    `num_steps`, `spacing`, `final`, `offset`, `grid`, `sigma_min`, `sigma_max`, `rho`: see `Schedule.timesteps`.
     """
 
     num_steps: int | str = 50
-    solver: Callable = euler
+    solver: str | Solver | Callable[..., Prediction] = "euler"
     spacing: str = "trailing"
     eta: float = 0.0
     variance: str | None = None
@@ -154,20 +161,32 @@ class Sampler:
     dynamic_quantile: float = 0.995
     final: int = CLEAN
     offset: int = 0
+    grid: Sequence[float] | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None
 
     def __post_init__(self):
+        check_spacing(self.spacing)
+        find_solver(self.solver)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", as_grid(self.grid))
         if self.variance is not None:
             object.__setattr__(self, "variance", VARIANCE_ALIASES.get(self.variance, self.variance))
         for name, allowed in (
             ("variance", (None, *VARIANCES)),
             ("clip", (None, "auto", "clip", "dynamic")),
-            ("spacing", SPACINGS),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join("null" if value is None else value for value in allowed)
                 raise ValueError(f"sampler {name} must be one of {choices}, got {getattr(self, name)!r}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is DDPM), got {self.eta}")
+
+    @property
+    def method(self) -> Solver:
+        """The solver itself, where `solver` names it."""
+        return find_solver(self.solver)
 
     @property
     def shifts_mean(self) -> bool:
@@ -177,11 +196,20 @@ class Sampler:
         is eta = 1 with the Euler solver, with whichever variance. With less noise it would guide the noisy part of
         the move only, at eta = 0 not at all: so DDIM with eta < 1 and every other solver get the score.
         """
-        return self.eta == 1 and self.solver is euler
+        return self.eta == 1 and self.method.belief is euler
 
-    def timesteps(self, schedule: Schedule) -> tuple[int, ...]:
+    def timesteps(self, schedule: Schedule) -> Grid:
         """The grid that this sampler walks on `schedule`, `final` included."""
-        return schedule.timesteps(self.num_steps, self.spacing, final=self.final, offset=self.offset)
+        return schedule.timesteps(
+            self.num_steps,
+            self.spacing,
+            final=self.final,
+            offset=self.offset,
+            grid=self.grid,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            rho=self.rho,
+        )
 
     def states(
         self,
@@ -191,9 +219,14 @@ class Sampler:
         *,
         noise: Noise,
         log_prob_grad: Gradient | None = None,
+        timesteps: Sequence[float] | None = None,
+        project: Project | None = None,
         **step_kwargs,
     ) -> Iterator[State]:
         """Yield every State from x ~ N(0, 1) at the first timestep to `final`. Errors come before the first step.
+
+        `timesteps` walks these instead, x being at the first of them: the tail of a grid, for a picture that is given.
+        `project` as in `sample`.
 
         `log_prob_grad(x, t)` is what a classifier guides by, its scale included (`ClassifierGuidance.log_prob_grad`);
         `shifts_mean` says how. Its score is not clipped again, and none is asked for where x_t is noise (`LEAST_SNR`).
@@ -210,9 +243,10 @@ class Sampler:
         return sample(
             denoise,
             x,
-            self.timesteps(diffusion.schedule),
+            self.timesteps(diffusion.schedule) if timesteps is None else timesteps,
             level,
-            solver=self.solver,
+            project=project,
+            solver=self.method,
             eta=self.eta,
             variance=self.variance or diffusion.variance,
             noise=noise,
