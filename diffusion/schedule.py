@@ -1,9 +1,10 @@
-"""How much signal and noise there is at each trained timestep, and which timesteps a sampler visits.
+"""How much signal and noise is there at each trained timestep, and between two?
 
 Tables are float64. DDPM (arXiv 2006.11239), iDDPM (2102.09672), simple diffusion (2301.11093), zero SNR (2305.08891).
-A sampler's grid is owned here, last entry included: nobody else derives "the previous timestep".
+Which of them a sampler visits is `grids`' question, its last entry included: nobody else derives "the previous one".
 """
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CLEAN = -1  # the timestep of noiseless data; every schedule has it
+from . import grids
 
-SPACINGS = ("trailing", "leading", "linspace", "quad", "ldm", "ldm_quad")
+CLEAN = -1  # the timestep of noiseless data; every schedule has it
+WHOLE = 1e-9  # what `time_of` finds this near to a whole timestep is that timestep
 
 
 class Level(NamedTuple):
@@ -53,6 +55,7 @@ class Schedule:
         sigmas = torch.cat([torch.zeros(1, dtype=torch.float64), (1 - self.alphas_cumprod).sqrt()])
         self._tables = {torch.device("cpu"): (alphas, sigmas)}
         self._levels = [Level(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
+        self._log_noise = (sigmas.log() - alphas.log())[1:].tolist()  # rises with t, to infinity at zero terminal SNR
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -98,92 +101,73 @@ class Schedule:
         mixed = torch.where(weight == 0, first, (1 - weight) * first + weight * second).view(-1, 1, 1, 1)
         return Level(torch.sigmoid(mixed).sqrt(), torch.sigmoid(-mixed).sqrt())
 
+    def noise_to_signal(self, t: int | float) -> float:
+        """Return sigma/alpha at t, the "sigma" of k-diffusion and EDM: infinite where no signal is left."""
+        at = self.level(t)
+        return at.sigma / at.alpha if at.alpha else math.inf
+
+    def time_of(self, noise_to_signal: float) -> int | float:
+        """Return the timestep at which sigma/alpha has this value: the inverse of `level`, linear in log sigma.
+
+        0 is CLEAN. What lies between CLEAN and timestep 0 becomes 0, and what lies beyond the last timestep becomes
+        that, as in k-diffusion; at zero terminal SNR only infinity is T-1, for no signal is found between T-2 and it.
+        Within rounding of a whole timestep an int is returned. Raises ValueError for a negative value.
+        """
+        if not noise_to_signal >= 0:
+            raise ValueError(f"sigma/alpha is a level of noise, at least 0, got {noise_to_signal}")
+        if noise_to_signal == 0:
+            return CLEAN
+        value, logs = math.log(noise_to_signal), self._log_noise
+        high = bisect.bisect_left(logs, value)
+        if high == 0 or high == len(logs) or logs[high] == value:
+            return min(high, len(logs) - 1)
+        low = logs[high - 1]
+        t = high - 1 + (value - low) / (logs[high] - low)
+        return round(t) if abs(t - round(t)) < WHOLE else t
+
     def timesteps(
-        self, num_steps: int | str, spacing: str = "trailing", *, final: int = CLEAN, offset: int = 0
-    ) -> tuple[int, ...]:
-        """Return a sampler's grid: strictly falling timesteps, then `final`.
+        self,
+        num_steps: int | str,
+        spacing: str = "trailing",
+        *,
+        final: int = CLEAN,
+        offset: int = 0,
+        grid: Sequence[float] | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        rho: float | None = None,
+    ) -> grids.Grid:
+        """Return a sampler's grid: strictly falling timesteps, whole ones as ints, then `final`.
 
         `num_steps`: 1..T, or guided-diffusion's strings, which ignore `spacing`: "ddim25" (integer stride), "250",
         "10,15,20" (so many steps in each equal section of the chain, first section cleanest).
-        `spacing`: trailing (starts at T-1; the right default, arXiv 2305.08891 table 2), leading (T//n stride from 0
-        plus `offset`; never starts at T-1), linspace (both ends), quad (DDIM's quadratic, ends near 0.8 T). Each has
-        exactly n steps for every n. ldm and ldm_quad are latent-diffusion's own grids: everything is shifted by +1,
-        and a stride of T//n takes more than n steps where n does not divide T; its index beyond T-1 (an IndexError
-        there) becomes T-1, and repeated steps, which do not move, are left out.
+        `spacing`, whole timesteps: trailing (starts at T-1; the right default, arXiv 2305.08891 table 2), leading
+        (T//n stride from 0 plus `offset`; never starts at T-1), linspace (both ends), quad (DDIM's quadratic, ends
+        near 0.8 T). Each has exactly n steps for every n. ldm and ldm_quad are latent-diffusion's own grids:
+        everything is shifted by +1, and a stride of T//n takes more than n steps where n does not divide T; its index
+        beyond T-1 (an IndexError there) becomes T-1, and repeated steps, which do not move, are left out.
+        dpm_leading and dpm_linspace are diffusers' for its DPM-Solver, UniPC and DEIS: leading and linspace of n + 1
+        points, the lowest left out. simple, ddim_uniform and beta are ComfyUI's; beta (arXiv 2407.12173) takes the
+        quantiles of Beta(0.6, 0.6), and leaves out what rounding repeats.
+        `spacing`, fractions: normal (linspace unrounded: k-diffusion's own), sgm_uniform (the same with n + 1 points,
+        the lowest left out), karras (EDM eq. 5), exponential (even in log sigma), polyexponential, between
+        `sigma_min` and `sigma_max` (sigma/alpha; None: the ends of the chain) and bent by `rho` (None: karras 7,
+        polyexponential 1). At zero terminal SNR they start in pure noise and share the finite levels. align_your_steps
+        and align_your_steps_xl (arXiv 2404.14507) are tables for Stable Diffusion's 1000 timesteps.
+        `grid`: the timesteps themselves, falling, instead of `num_steps` and `spacing`.
         `final`: CLEAN, or 0 for latent-diffusion's and Stable Diffusion's habit of stopping at alphas_cumprod[0].
         """
-        total = self.num_train_timesteps
-        if isinstance(num_steps, str):
-            rising = _sections(total, num_steps)
-        elif isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= total:
-            raise ValueError(f"num_steps must be 1..{total} (the trained timesteps), got {num_steps!r}")
-        else:
-            rising = _spaced(total, num_steps, spacing)
-        rising = [t + offset for t in rising]
-        if rising[-1] >= total or rising[0] < 0:
-            raise ValueError(
-                f"offset {offset} moves the {spacing} grid of {num_steps} steps to {rising[0]}..{rising[-1]}, "
-                f"outside 0..{total - 1}; use a smaller offset or spacing=trailing"
-            )
-        # A grid whose last entry is `final` itself has nothing left to do there.
-        grid = tuple(t for t in reversed(rising) if t > final)
-        if not grid:
-            raise ValueError(f"no timestep of the {spacing} grid of {num_steps} steps lies above final={final}")
-        return (*grid, final)
-
-
-def _spaced(total: int, n: int, spacing: str) -> list[int]:
-    match spacing:
-        case "trailing":
-            # Written as numpy's arange computes it, so that ties round as in diffusers.
-            stride = total - (total - total / n)
-            return sorted(round(total - k * stride) - 1 for k in range(n))
-        case "leading":
-            return [k * (total // n) for k in range(n)]
-        case "linspace":
-            return [total - 1] if n == 1 else [round(k * ((total - 1) / (n - 1))) for k in range(n)]
-        case "quad":
-            return [max(int(q), k) for k, q in enumerate(_quadratic(total, n))]
-        case "ldm":
-            return sorted({min(t + 1, total - 1) for t in range(0, total, total // n)})
-        case "ldm_quad":
-            return sorted({min(int(q) + 1, total - 1) for q in _quadratic(total, n)})
-    raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-
-
-def _quadratic(total: int, n: int) -> list[float]:
-    # DDIM appendix D.2: quadratic in the index, up to 0.8 T. Rounded as numpy's linspace, because callers truncate.
-    end = math.sqrt(total * 0.8)
-    roots = [k * (end / (n - 1)) for k in range(n - 1)] + [end] if n > 1 else [0.0]
-    return [root * root for root in roots]
-
-
-def _sections(total: int, text: str) -> list[int]:
-    """Read guided-diffusion's timestep_respacing strings, its accumulated stride and banker's rounding included."""
-    if text.startswith("ddim") and text[4:].isdigit():
-        wanted = int(text[4:])
-        stride = next((i for i in range(1, total) if len(range(0, total, i)) == wanted), None)
-        if stride is None:
-            raise ValueError(
-                f"no integer stride visits {wanted} of {total} timesteps; drop the 'ddim' or choose another"
-            )
-        return list(range(0, total, stride))
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"num_steps {text!r} is not understood; give a number, 'ddim25' or sections like '10,15,20'")
-    steps, start = [], 0
-    for i, count in enumerate(int(part) for part in parts):
-        size = total // len(parts) + (i < total % len(parts))
-        if size < count:
-            raise ValueError(
-                f"num_steps {text!r}: section {i + 1} has {size} timesteps, which cannot give {count} steps"
-            )
-        stride, position = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
-        for _ in range(count):
-            steps.append(start + round(position))
-            position += stride
-        start += size
-    return steps
+        return grids.timesteps(
+            self,
+            num_steps,
+            spacing,
+            final=final,
+            offset=offset,
+            grid=grid,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            rho=rho,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -423,7 +423,7 @@ def test_the_sampler_passes_grid_and_solver_on():
     [
         ({"variance": "big"}, "sampler variance must be one of null, posterior, jump, learned, got 'big'"),
         ({"clip": "hard"}, "sampler clip must be one of null, auto, clip, dynamic, got 'hard'"),
-        ({"spacing": "even"}, "sampler spacing must be one of trailing, leading, linspace, quad, ldm, ldm_quad"),
+        ({"spacing": "even"}, "spacing must be one of trailing, leading, linspace, quad, ldm, ldm_quad"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\] \(0 is DDIM, 1 is DDPM\), got 1.5"),
         ({"eta": -0.1}, r"eta must be in \[0, 1\]"),
         ({"eta": math.nan}, r"eta must be in \[0, 1\]"),

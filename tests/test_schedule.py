@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion.grids import SPACINGS
 from diffusion.schedule import (
     CLEAN,
-    SPACINGS,
     Level,
     Schedule,
     cosine,
