@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion.files import atomic_write, exists
 from diffusion.model_file import (
+    CARRIED,
     NODES,
     Header,
     Part,
     clean,
     git_commit,
+    is_ours,
     package_version,
     read_header,
     save_model,
@@ -71,6 +73,8 @@ BUILDABLE: frozenset[str] = frozenset(
         "diffusion.models.text.TextTransformer",
         "diffusion.models.vision.PatchEncoder",
         "diffusion.conditioning.TextConditioner",
+        "diffusion.text_conditioning.XLConditioner",
+        "diffusion.tokenizer.WordPieceTokenizer",
         "diffusion.conditioning.ClassConditioner",
         "diffusion.conditioning.ImageConditioner",
         "diffusion.conditioning.LowResolutionConditioner",
@@ -81,12 +85,17 @@ BUILDABLE: frozenset[str] = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel(Header):
-    """A rebuilt model, in eval mode on its device, with everything its file said."""
+    """A rebuilt model, in eval mode on its device, with everything its file said.
+
+    `recognised` says what a published file is and where its tensors lie (`pretrained.recognise.Recognised`); None for
+    files that train.py wrote.
+    """
 
     net: nn.Module
     diffusion: Any
     autoencoder: nn.Module | None = None
     conditioner: nn.Module | None = None
+    recognised: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,27 +135,40 @@ def load_model(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     buildable: Sequence[str] = (),
     autoencoder: str | Path | None = None,
+    **foreign: Any,
 ) -> LoadedModel:
     """Rebuild a denoiser, its diffusion process and what it needs beside it from one file, strictly.
 
-    `buildable` adds dotted names of your own classes (`["my_nets.TinyNet"]`) to the allow-list `BUILDABLE`; a config
-    that names anything else is refused before anything is imported. `autoencoder` is the file of one that is not
-    bundled; it must have the weights that the denoiser was trained with. Raises ValueError with every key that does
-    not fit.
+    The file is one of ours or, told by what is in it, a published one in whatever layout, for which `foreign` holds
+    further settings of `load_foreign` (text_encoder, tokenizer, parameterization, weights). dtype None keeps the
+    file's. `buildable` adds dotted names of your own classes (`["my_nets.TinyNet"]`) to the allow-list `BUILDABLE`; a
+    config that names anything else is refused before anything is imported. `autoencoder` is the file of one that is
+    not bundled; it must have the weights that the denoiser was trained with. Raises ValueError with every key that
+    does not fit.
     """
+    if not is_ours(path):
+        from diffusion.foreign import load_foreign
+
+        return load_foreign(path, device=device, dtype=dtype, autoencoder=autoencoder, **foreign)
     header = read_header(path)
     check_kind(header, "denoiser")
+    if given := {name: value for name, value in foreign.items() if value not in (None, "auto")}:
+        raise ValueError(
+            f"{_worded(given)}: {path} is a model of this package, which holds its own; this is for published files"
+        )
     allowed = BUILDABLE | set(buildable)
     nodes = {name: header.config[name] for name in NODES["denoiser"]}
     nodes |= {name: part["config"] for name, part in header.parts.items() if part["bundled"]}
-    built = _rebuilt(header, nodes, allowed)
+    built = _rebuilt(header, nodes, allowed, empty=not buildable)
     bundled = {name: built[name] for name in header.parts if name in built}
-    _load_strictly({"": built["net"], **{f"{name}.": module for name, module in bundled.items()}}, header)
+    modules = {"": built["net"], **{f"{name}.": module for name, module in bundled.items()}}
+    _load_strictly(modules, header, assign=True)
     beside = bundled | _unbundled(header, autoencoder, allowed)
     for module in (built["net"], *beside.values()):
-        module.to(device).eval()
+        module.to(device, dtype).eval()
     return LoadedModel(net=built["net"], diffusion=built["diffusion"], **beside, **vars(header))
 
 
@@ -216,8 +238,13 @@ def load_autoencoder(
 ) -> nn.Module:
     """Rebuild an autoencoder from its own file, or from a denoiser's that bundles it; in eval mode, without gradients.
 
+    The file may also be a published one, in whatever layout.
     Its attribute `origin` is the `Part` that a denoiser's checkpoint names. Raises ValueError as `load_model`.
     """
+    if not is_ours(checkpoint):
+        from diffusion.foreign import load_foreign_autoencoder
+
+        return load_foreign_autoencoder(checkpoint, device=device)
     header = read_header(checkpoint)
     part = header.parts.get("autoencoder")
     if part is not None and part["bundled"]:
@@ -232,11 +259,19 @@ def load_autoencoder(
     return autoencoder
 
 
-def _rebuilt(header: Header, nodes: Mapping[str, Any], allowed: set[str] | frozenset[str]) -> dict[str, Any]:
-    """Build objects from a file's config; building draws initial weights, and the caller's random stream stays."""
+def _rebuilt(
+    header: Header, nodes: Mapping[str, Any], allowed: set[str] | frozenset[str], *, empty: bool = False
+) -> dict[str, Any]:
+    """Build objects from a file's config; building draws initial weights, and the caller's random stream stays.
+
+    `empty` builds networks on the meta device, without memory: their weights are to be assigned.
+    """
     with torch.random.fork_rng(devices=[]):
         try:
-            return {name: build(node, allowed) for name, node in nodes.items()}
+            return {
+                name: build_empty(node, allowed) if empty and name != "diffusion" else build(node, allowed)
+                for name, node in nodes.items()
+            }
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"cannot rebuild {header.path} (written by version {header.package_version}): {error}"
@@ -248,15 +283,17 @@ def _load_strictly(
     header: Header,
     *,
     others: bool = False,
+    assign: bool = False,
     network: str = "network its config describes",
 ) -> None:
     """Copy the file's weights into modules, by prefix, or raise one ValueError that lists every key that does not fit.
 
-    `others` allows tensors of other prefixes in the file. `network` says which one it is, for the error.
+    `others` allows tensors of other prefixes in the file. `assign` puts the file's tensors in the place of the
+    modules', with their type, and copies nothing. `network` says which one it is, for the error.
     """
     states = {prefix: module.state_dict() for prefix, module in modules.items()}
     wanted = {prefix + key: tuple(tensor.shape) for prefix, state in states.items() for key, tensor in state.items()}
-    found = {clean(key): shape for key, shape in header.shapes.items()}
+    found = {clean(key): shape for key, shape in header.shapes.items() if not key.startswith(CARRIED)}
     if others:
         found = {key: shape for key, shape in found.items() if key.startswith(tuple(modules))}
     problems = [f"missing {key} {wanted[key]}" for key in wanted if key not in found]
@@ -274,7 +311,41 @@ def _load_strictly(
     except SafetensorError as error:
         raise ValueError(f"{header.path} is damaged ({error}); take another copy of the file") from error
     for prefix, module in modules.items():
-        module.load_state_dict({key: weights[prefix + key] for key in states[prefix]}, strict=True)
+        state = {key: weights[prefix + key] for key in states[prefix]}
+        if assign:
+            assign_weights(module, state)
+        else:
+            module.load_state_dict(state, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# networks without memory, and weights put into them
+
+
+def build_empty(node: Mapping[str, Any], allowed: frozenset[str] | set[str] = BUILDABLE) -> nn.Module:
+    """Build a module of a config without memory for its weights, on the meta device."""
+    with torch.device("meta"):
+        return build(node, allowed)
+
+
+def assign_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make tensors a module's own, without a copy except of those that it keeps in another order of memory.
+
+    Those are its convolutions, in channels_last. Raises RuntimeError for names or shapes that are not the module's.
+    """
+    templates = module.state_dict()
+    ordered = {key: _ordered(tensor, templates[key]) if key in templates else tensor for key, tensor in state.items()}
+    module.load_state_dict(ordered, strict=True, assign=True)
+    for owner in module.modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta and not buffer.numel():  # empty ones, which no file holds
+                setattr(owner, key, torch.empty_like(buffer, device="cpu"))
+
+
+def _ordered(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.shape != like.shape or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

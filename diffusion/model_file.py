@@ -22,6 +22,9 @@ from diffusion.files import atomic_write, exists
 
 FORMAT = "diffusion-model"
 FORMAT_VERSION = 1
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")  # endings of files that torch.save wrote
+FOLDERS = ("model_index.json", "config.json", "unet", "vae")  # what tells a folder of diffusers or transformers
+CARRIED = "carried."  # begins the names of tensors that a published file had and no network of ours has
 LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 # What a file may hold, and the config nodes that rebuild it. A denoiser's config may have the others' nodes, too.
 NODES = {
@@ -231,6 +234,24 @@ def read_header(path: str | Path) -> Header:
             f"the header of {path} is damaged (config and facts are no mappings); take another copy of the file"
         )
     return header
+
+
+def is_ours(path: str | Path) -> bool:
+    """Say whether a path is for `read_header`, which knows our files and what is wrong with damaged ones.
+
+    Not ours are safetensors files without our config in their header, files of torch.save by their ending, and folders
+    in which published models come.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return not any((path / name).exists() for name in FOLDERS) and not any(path.glob("*.index.json"))
+    if path.suffix in PICKLED:
+        return not exists(path)
+    try:
+        metadata = _raw_header(path).get("__metadata__")
+    except (ValueError, OSError):
+        return True
+    return isinstance(metadata, dict) and metadata.get("format") == FORMAT
 
 
 def _raw_header(path: Path) -> dict[str, Any]:
