@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from harness import interleaved, report
+from harness import interleaved, report, resident
 from torch import Tensor
 
 from diffusion.pretrained import diffusers_autoencoder
@@ -95,12 +95,6 @@ def measure(side: str, size: str, task: str, pixels: int, out: str) -> None:
     with torch.inference_mode():
         torch.save(call(side, model, task, x)(), out)
     print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MiB; getrusage would inherit the parent's peak over exec."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
 
 def tiled(size: str, task: str, pixels: int, folder: Path) -> dict[str, str]:
