@@ -4,174 +4,32 @@ A conditioner prepares what people and batches hold (text, numbers, images) as t
 network's vocabulary: `context` (B, L, D), `context_mask` (B, L), `vector` (B, D), `concat` (B, C, H, W).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.conditioner import Conditioner, JointInput, alike_parts, shown
 from diffusion.denoiser import NULL_LABEL
-from diffusion.models.text import TextTransformer
 from diffusion.models.vision import PatchEncoder
 from diffusion.process import q_sample
 from diffusion.sampling import Noise
 from diffusion.schedule import Level
-from diffusion.tokenizer import ClipTokenizer
+from diffusion.text_conditioning import TextConditioner, XLConditioner
 
-
-class Conditioner(nn.Module, ABC):
-    """What turns the batch entry `entry` into a network's condition.
-
-    `provides` holds the widths of what `forward` returns, such as {"context": 512}.
-    """
-
-    entry: str
-    provides: dict[str, int]
-    num_classes: int | None = None  # where a label is read
-    low_size: tuple[int, int] | None = None  # (H, W) of the images it takes, where that is not the training images'
-    train_noise: tuple[float, float] = (0.0, 0.0)  # levels of noise on the condition that training shows, low and high
-
-    @abstractmethod
-    def prepare(self, values: Any) -> Tensor:
-        """A tensor of one row a sample from what a person gave; ValueError if that is of another kind."""
-
-    @abstractmethod
-    def null_like(self, prepared: Tensor) -> Tensor:
-        """What a sample without a condition holds instead, of the same shape."""
-
-    @abstractmethod
-    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
-        """The condition of every row, null rows included."""
-
-    @property
-    def entries(self) -> tuple[str, ...]:
-        """All batch entries that are read."""
-        return (self.entry,)
-
-    @property
-    def device(self) -> torch.device:
-        return next(chain(self.parameters(), self.buffers())).device
-
-    def prepare_batch(self, batch: Mapping[str, Any]) -> Tensor:
-        """`prepare` of this conditioner's entry; ValueError where the batch lacks it."""
-        if self.entry not in batch:
-            raise ValueError(
-                f"this model is conditioned on `{self.entry}`, but the data give only {', '.join(batch)}; "
-                "choose data that have it, or another conditioner"
-            )
-        return self.prepare(batch[self.entry])
-
-    def augmented(self, prepared: Tensor, draws: torch.Generator) -> Tensor:
-        """What training shows of `prepared`: noise of a level in `train_noise`, or by default none, is on it."""
-        return prepared
-
-    def corrupted(self, prepared: Tensor, noise: Noise, level: float | None = None) -> Tensor:
-        """What sampling shows of it: noise of this level, None for the conditioner's own; by default it as it is."""
-        return prepared
-
-    def forward(self, prepared: Tensor, drop: Tensor | None = None) -> dict[str, Tensor]:
-        """The condition, on this module's device; rows where `drop` (B,) is True get the null condition."""
-        prepared = prepared.to(self.device)
-        if drop is not None:
-            rows = drop.to(self.device).view(-1, *(1,) * (prepared.ndim - 1))
-            prepared = torch.where(rows, self.null_like(prepared), prepared)
-        return self.encode(prepared)
-
-
-class TextConditioner(Conditioner):
-    """Captions through a text transformer: `context` is one of its hidden states, token by token.
-
-    layer: "last", "penultimate" or a negative index into the hidden states; `final_norm` applies the transformer's last
-    norm to it. Stable Diffusion 1 is ("last", True, pad "end"), 2 ("penultimate", True, "zero"), XL ("penultimate",
-    False). `pooled` adds `vector`: the (projected) state at the caption's end. `masked` adds `context_mask`, False on
-    the padding, and hides that from the encoder too. `max_length` below the encoder's makes shorter contexts.
-
-    frozen: never trained, always in eval mode, no gradients. weights: a .safetensors file in the names of transformers
-    or open_clip, or a whole checkpoint that holds them; it is read once, here, and not on the meta device. A model
-    rebuilt from its own checkpoint has weights=None.
-    """
-
-    entry = "caption"
-
-    def __init__(
-        self,
-        encoder: TextTransformer,
-        *,
-        max_length: int | None = None,
-        pad: str = "end",
-        layer: str | int = "last",
-        final_norm: bool = True,
-        pooled: bool = False,
-        masked: bool = False,
-        frozen: bool = False,
-        weights: str | Path | None = None,
-    ) -> None:
-        super().__init__()
-        max_length = encoder.max_length if max_length is None else max_length
-        if max_length > encoder.max_length:
-            raise ValueError(
-                f"max_length={max_length}, but the text transformer has {encoder.max_length} positions; "
-                "lower it, or raise the encoder's max_length"
-            )
-        self.tokenizer = ClipTokenizer(max_length, pad=pad, vocab_size=encoder.vocab_size)
-        self.layer = _layer_index(layer, len(encoder.blocks))
-        self.encoder = encoder
-        self.final_norm, self.pooled, self.masked, self.frozen = final_norm, pooled, masked, frozen
-        self.provides = {"context": encoder.channels}
-        if pooled:
-            self.provides["vector"] = encoder.projection_channels or encoder.channels
-        if weights is not None and not encoder.token_embedding.weight.is_meta:
-            from diffusion.pretrained.text_files import load_text_weights
-
-            load_text_weights(encoder, weights)
-        if frozen:
-            encoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "TextConditioner":
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def prepare(self, values: str | Sequence[str]) -> Tensor:
-        """Token ids (B, max_length) of captions; words that do not fit are reported by a warning."""
-        captions = [values] if isinstance(values, str) else values
-        if isinstance(captions, Tensor) or not isinstance(captions, Sequence):
-            raise ValueError(_not_text(captions))
-        for number, caption in enumerate(captions):
-            if not isinstance(caption, str):
-                raise ValueError(f"caption {number} is not text: {_not_text(caption)}")
-        return self.tokenizer(captions)
-
-    def null_like(self, prepared: Tensor) -> Tensor:
-        return self.tokenizer.empty.to(prepared.device).expand_as(prepared)
-
-    def encode(self, prepared: Tensor) -> dict[str, Tensor]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._encode(prepared)
-
-    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        mask = self._mask(tokens) if self.masked else None
-        depth = len(self.encoder.blocks)
-        states = self.encoder(tokens, mask, num_layers=depth if self.pooled else depth + 1 + self.layer)
-        context = states[self.layer if self.pooled else -1]
-        condition = {"context": self.encoder.norm_out(context) if self.final_norm else context}
-        if mask is not None:
-            condition["context_mask"] = mask
-        if self.pooled:
-            vector = self.encoder.pool(self.encoder.norm_out(states[-1]), tokens, end=self.tokenizer.end)
-            condition["vector"] = vector if self.encoder.projection is None else self.encoder.projection(vector)
-        return condition
-
-    def _mask(self, tokens: Tensor) -> Tensor:
-        """True up to the first end token and on it."""
-        ends = (tokens == self.tokenizer.end).int()
-        return ends.cumsum(dim=1) == ends
+__all__ = [
+    "ClassConditioner",
+    "Conditioner",
+    "ImageConditioner",
+    "JointConditioner",
+    "JointInput",
+    "LowResolutionConditioner",
+    "TextConditioner",
+    "XLConditioner",
+    "check_noise",
+]
 
 
 class ClassConditioner(Conditioner):
@@ -196,7 +54,7 @@ class ClassConditioner(Conditioner):
         if label.ndim != 1 or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
             raise ValueError(
                 f"this model is conditioned on class labels, integers of 0 to {self.num_classes - 1}, "
-                f"but got {_shown(values)}; a text needs a model trained on captions"
+                f"but got {shown(values)}; a text needs a model trained on captions"
             )
         # On an accelerator this would wait for the device; the embedding fails there by itself.
         if label.device.type == "cpu" and label.numel() and not -1 <= label.min() <= label.max() < self.num_classes:
@@ -323,22 +181,6 @@ class LowResolutionConditioner(Conditioner):
         return {"concat": _resized(prepared, self.size, "bilinear")}
 
 
-@dataclass(frozen=True)
-class JointInput:
-    """Prepared inputs of several conditioners, moved, cut and counted like one tensor of as many rows."""
-
-    parts: tuple[Tensor, ...]
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, rows: Any) -> "JointInput":
-        return JointInput(tuple(part[rows] for part in self.parts))
-
-    def to(self, *args: Any, **kwargs: Any) -> "JointInput":
-        return JointInput(tuple(part.to(*args, **kwargs) for part in self.parts))
-
-
 class JointConditioner(Conditioner):
     """Several conditioners at once. Contexts follow one another; vectors and concatenated channels stand side by side.
 
@@ -386,6 +228,9 @@ class JointConditioner(Conditioner):
         pairs = zip(self.conditioners, prepared.parts, strict=True)
         return JointInput(tuple(c.corrupted(part, noise, level) for c, part in pairs))
 
+    def alike(self, one: JointInput, other: JointInput) -> tuple[JointInput, JointInput]:
+        return alike_parts(self.conditioners, one, other)
+
     def forward(self, prepared: JointInput, drop: Tensor | None = None) -> dict[str, Tensor]:
         return _merged([c(part, drop) for c, part in zip(self.conditioners, prepared.parts, strict=True)])
 
@@ -402,28 +247,6 @@ def _merged(conditions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
                 condition["context_mask"] = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
     names = dict.fromkeys(name for condition in conditions for name in condition)
     return {name: torch.cat([c[name] for c in conditions if name in c], dim=1) for name in names}
-
-
-def _layer_index(layer: str | int, num_layers: int) -> int:
-    index = {"last": -1, "penultimate": -2}.get(layer, layer)
-    if not isinstance(index, int) or not -num_layers - 1 <= index <= -1:
-        raise ValueError(
-            f"layer={layer!r} is not one of a text transformer of {num_layers} layers; choose 'last', 'penultimate' "
-            f"or -1 (the last) to -{num_layers + 1} (the embeddings)"
-        )
-    return index
-
-
-def _shown(value: Any) -> str:
-    text = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _not_text(value: Any) -> str:
-    return (
-        f"this model is conditioned on captions, but got {_shown(value)}; "
-        'give texts (prompt="..." when sampling, data with captions when training)'
-    )
 
 
 def check_noise(name: str, level: float, train_noise: tuple[float, float]) -> None:
@@ -458,7 +281,7 @@ def _images(values: Any, channels: int) -> Tensor:
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 4:
         raise ValueError(
             f"this model is conditioned on images, a float tensor (B, {channels}, H, W) in [-1, 1], "
-            f"but got {_shown(values)}"
+            f"but got {shown(values)}"
         )
     if values.shape[1] != channels:
         raise ValueError(f"this model is conditioned on images of {channels} channels, but got {values.shape[1]}")
