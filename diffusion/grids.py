@@ -6,7 +6,7 @@ fractional timesteps, found by `Schedule.time_of`.
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,23 @@ if TYPE_CHECKING:
 Grid = tuple[int | float, ...]
 
 INTEGER_SPACINGS = ("trailing", "leading", "linspace", "quad", "ldm", "ldm_quad")
-PEER_SPACINGS = ("dpm_leading", "dpm_linspace", "simple", "ddim_uniform", "beta")
+PEER_SPACINGS = ("simple", "ddim_uniform", "beta", "lcm")
 FRACTION_SPACINGS = ("normal", "sgm_uniform")
-NOISE_SPACINGS = ("karras", "exponential", "polyexponential")
+NOISE_SPACINGS = ("karras", "exponential", "polyexponential", "kl_optimal")
 SEARCHED_SPACINGS = ("align_your_steps", "align_your_steps_xl")
 SPACINGS = (*INTEGER_SPACINGS, *PEER_SPACINGS, *FRACTION_SPACINGS, *NOISE_SPACINGS, *SEARCHED_SPACINGS)
 
-BETA = 0.6  # both parameters of the spacing "beta" (arXiv 2407.12173)
 RHO = {"karras": 7.0, "polyexponential": 1.0}
+_TAKES = {
+    "offset": (*INTEGER_SPACINGS, *PEER_SPACINGS, "sections"),
+    "sigma_min": FRACTION_SPACINGS + NOISE_SPACINGS,
+    "sigma_max": FRACTION_SPACINGS + NOISE_SPACINGS,
+    "rho": tuple(RHO),
+    "discard_penultimate": SPACINGS,
+}
+
+LCM_TIMESTEPS = 50  # of the model that a latent consistency model learned from (arXiv 2310.04378)
+BETA = 0.6  # both parameters of the spacing "beta" (arXiv 2407.12173)
 TYPED = 0.01  # how far a noise level that was typed may lie outside the chain: 14.7 for 14.61, 0.029 for 0.0292
 
 # arXiv 2404.14507, as published for Stable Diffusion 1 and XL: ten steps, and where the last one ends.
@@ -44,23 +53,23 @@ def timesteps(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     rho: float | None = None,
+    discard_penultimate: bool = False,
 ) -> Grid:
     """Return a sampler's grid: see `Schedule.timesteps`. Whole timesteps are ints."""
     total = schedule.num_train_timesteps
-    _check_fields(spacing, offset, sigma_min, sigma_max, rho, by_name=grid is None and not isinstance(num_steps, str))
+    check_spacing(spacing)
+    kind = "grid" if grid is not None else "sections" if isinstance(num_steps, str) else spacing
+    bounds = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    _check_fields(kind, {**bounds, "offset": offset or None, "discard_penultimate": discard_penultimate or None})
     if grid is not None:
         rising = _given(total, grid, final)
     elif isinstance(num_steps, str):
         rising = _sections(total, num_steps)
-    elif isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= total:
-        raise ValueError(f"num_steps must be 1..{total} (the trained timesteps), got {num_steps!r}")
-    elif spacing in FRACTION_SPACINGS + NOISE_SPACINGS:
-        high, low = _noise_range(schedule, sigma_min, sigma_max)
-        rising = _noisy(schedule, num_steps, spacing, high, low, rho)
-    elif spacing in SEARCHED_SPACINGS:
-        rising = _searched(schedule, num_steps, spacing)
     else:
-        rising = _spaced(total, num_steps, spacing)
+        most = total - discard_penultimate
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= most:
+            raise ValueError(f"num_steps must be 1..{most} (the trained timesteps), got {num_steps!r}")
+        rising = _named(schedule, num_steps + discard_penultimate, spacing, **bounds)[discard_penultimate:]
     rising = [t + offset for t in rising] if offset else rising
     if rising[-1] > total - 1 or rising[0] < 0:
         raise ValueError(
@@ -74,6 +83,23 @@ def timesteps(
     return (*falling, final)
 
 
+def _named(
+    schedule: "Schedule",
+    n: int,
+    spacing: str,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    rho: float | None,
+) -> list[int | float]:
+    """Return the n rising timesteps of a spacing."""
+    if spacing in FRACTION_SPACINGS + NOISE_SPACINGS:
+        high, low = _noise_range(schedule, sigma_min, sigma_max)
+        return _noisy(schedule, n, spacing, high, low, rho)
+    if spacing in SEARCHED_SPACINGS:
+        return _searched(schedule, n, spacing)
+    return _spaced(schedule.num_train_timesteps, n, spacing)
+
+
 def check_spacing(spacing: str) -> None:
     """Raise ValueError for an unknown spacing, with the names near to it."""
     if spacing not in SPACINGS:
@@ -82,21 +108,14 @@ def check_spacing(spacing: str) -> None:
         raise ValueError(f"there is no spacing {spacing!r}; {hint}spacing must be one of {', '.join(SPACINGS)}")
 
 
-def _check_fields(
-    spacing: str, offset: int, sigma_min: float | None, sigma_max: float | None, rho: float | None, *, by_name: bool
-) -> None:
-    """Raise ValueError for a setting that the grid has no use for: it would be believed and do nothing."""
-    check_spacing(spacing)
-    ranged = by_name and spacing in FRACTION_SPACINGS + NOISE_SPACINGS
-    if not ranged and (sigma_min is not None or sigma_max is not None):
-        allowed = ", ".join(FRACTION_SPACINGS + NOISE_SPACINGS)
-        raise ValueError(f"sigma_min and sigma_max belong to spacing={allowed}; leave them out for {spacing}")
-    if rho is not None and not (by_name and spacing in RHO):
-        raise ValueError(f"rho={rho} belongs to spacing={' and '.join(RHO)}; leave it out for {spacing}")
-    if rho is not None and rho <= 0:
-        raise ValueError(f"rho must be above 0 (karras has 7), got {rho}")
-    if offset and by_name and spacing not in INTEGER_SPACINGS + PEER_SPACINGS:
-        raise ValueError(f"offset={offset} belongs to whole timesteps, such as spacing=leading, not to {spacing}")
+def _check_fields(kind: str, fields: Mapping[str, float | None]) -> None:
+    """Raise ValueError for a setting that this kind of grid has no use for: it would be believed and do nothing."""
+    for name, value in fields.items():
+        if value is not None and kind not in _TAKES[name]:
+            allowed = ", ".join(spacing for spacing in SPACINGS if spacing in _TAKES[name])
+            raise ValueError(f"{name}={value} does nothing with {kind}; it belongs to spacing={allowed}")
+    if fields["rho"] is not None and fields["rho"] <= 0:
+        raise ValueError(f"rho must be above 0 (karras has 7), got {fields['rho']}")
 
 
 def as_grid(numbers: Sequence[float]) -> Grid:
@@ -140,15 +159,21 @@ def _spaced(total: int, n: int, spacing: str) -> list[int]:
             return sorted({min(t + 1, total - 1) for t in range(0, total, total // n)})
         case "ldm_quad":
             return sorted({min(int(q) + 1, total - 1) for q in _quadratic(total, n)})
-        case "dpm_leading":
-            return [k * (total // (n + 1)) for k in range(1, n + 1)] if n < total else list(range(total))
-        case "dpm_linspace":
-            return sorted({round(k * ((total - 1) / n)) for k in range(1, n + 1)})
         case "simple":
             return sorted(total - 1 - int(k * (total / n)) for k in range(n))
         case "ddim_uniform":
             return list(range(1, total, total // n)) or [0]
+        case "lcm":
+            return _distilled(total, n)
     return sorted({round(_beta_quantile(1 - k / n) * (total - 1)) for k in range(n)})
+
+
+def _distilled(total: int, n: int) -> list[int]:
+    """Choose n of the LCM_TIMESTEPS that a consistency model was distilled on, as diffusers does."""
+    known = min(LCM_TIMESTEPS, total)
+    if n > known:
+        raise ValueError(f"spacing=lcm chooses among {known} timesteps, so that num_steps must be 1..{known}, got {n}")
+    return sorted(total - 1 - int(k * (known / n)) * (total // known) for k in range(n))
 
 
 def _quadratic(total: int, n: int) -> list[float]:
@@ -247,10 +272,16 @@ def _polyexponential(u: float, high: float, low: float, rho: float) -> float:
     return low * (high / low) ** ((1 - u) ** rho)
 
 
+def _kl_optimal(u: float, high: float, low: float, rho: float) -> float:
+    """arXiv 2404.14507, theorem 3.1: even in the angle of noise to signal."""
+    return math.tan((1 - u) * math.atan(high) + u * math.atan(low))
+
+
 _RAMPS: dict[str, Callable[[float, float, float, float], float]] = {
     "karras": _karras,
     "exponential": _polyexponential,
     "polyexponential": _polyexponential,
+    "kl_optimal": _kl_optimal,
 }
 
 

@@ -149,7 +149,7 @@ class Sampler:
     `eta` 0 is DDIM, 1 is DDPM. `variance` None takes the model's own (learned included); DDIM proper uses "posterior".
     `clip`: "clip" (pixels in [-1, 1]), "dynamic" (Imagen, at `dynamic_quantile`), None (latents), or "auto": as "clip",
     unless the caller says that these are latents (`generate` does).
-    `num_steps`, `spacing`, `final`, `offset`, `grid`, `sigma_min`, `sigma_max`, `rho`: see `Schedule.timesteps`.
+    The grid's fields, `num_steps`, `spacing` and `final` to `discard_penultimate`: see `Schedule.timesteps`.
     """
 
     num_steps: int | str = 50
@@ -165,6 +165,7 @@ class Sampler:
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float | None = None
+    discard_penultimate: bool = False
 
     def __post_init__(self):
         check_spacing(self.spacing)
@@ -209,6 +210,7 @@ class Sampler:
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max,
             rho=self.rho,
+            discard_penultimate=self.discard_penultimate,
         )
 
     def states(

@@ -136,6 +136,7 @@ class Schedule:
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         rho: float | None = None,
+        discard_penultimate: bool = False,
     ) -> grids.Grid:
         """Return a sampler's grid: strictly falling timesteps, whole ones as ints, then `final`.
 
@@ -146,14 +147,16 @@ class Schedule:
         near 0.8 T). Each has exactly n steps for every n. ldm and ldm_quad are latent-diffusion's own grids:
         everything is shifted by +1, and a stride of T//n takes more than n steps where n does not divide T; its index
         beyond T-1 (an IndexError there) becomes T-1, and repeated steps, which do not move, are left out.
-        dpm_leading and dpm_linspace are diffusers' for its DPM-Solver, UniPC and DEIS: leading and linspace of n + 1
-        points, the lowest left out. simple, ddim_uniform and beta are ComfyUI's; beta (arXiv 2407.12173) takes the
-        quantiles of Beta(0.6, 0.6), and leaves out what rounding repeats.
-        `spacing`, fractions: normal (linspace unrounded: k-diffusion's own), sgm_uniform (the same with n + 1 points,
-        the lowest left out), karras (EDM eq. 5), exponential (even in log sigma), polyexponential, between
-        `sigma_min` and `sigma_max` (sigma/alpha; None: the ends of the chain) and bent by `rho` (None: karras 7,
-        polyexponential 1). At zero terminal SNR they start in pure noise and share the finite levels. align_your_steps
-        and align_your_steps_xl (arXiv 2404.14507) are tables for Stable Diffusion's 1000 timesteps.
+        simple, ddim_uniform and beta are ComfyUI's; beta (arXiv 2407.12173) takes the quantiles of Beta(0.6, 0.6), and
+        leaves out what rounding repeats. lcm chooses among the 50 timesteps of a latent consistency model.
+        `spacing`, fractions: normal (linspace unrounded: k-diffusion's own), sgm_uniform (the same with
+        `discard_penultimate`), karras (EDM eq. 5), exponential (even in log sigma), polyexponential, kl_optimal
+        (arXiv 2404.14507), between `sigma_min` and `sigma_max` (sigma/alpha; None: the ends of the chain) and bent by
+        `rho` (None: karras 7, polyexponential 1). At zero terminal SNR they start in pure noise and share the finite
+        levels. align_your_steps and align_your_steps_xl (arXiv 2404.14507) are tables for Stable Diffusion's 1000
+        timesteps.
+        `discard_penultimate`: n + 1 points, the lowest left out, for solvers whose last move is best a long one:
+        diffusers does it for DPM-Solver, UniPC and DEIS, A1111 and ComfyUI for DPM2 and others.
         `grid`: the timesteps themselves, falling, instead of `num_steps` and `spacing`.
         `final`: CLEAN, or 0 for latent-diffusion's and Stable Diffusion's habit of stopping at alphas_cumprod[0].
         """
@@ -167,6 +170,7 @@ class Schedule:
             sigma_min=sigma_min,
             sigma_max=sigma_max,
             rho=rho,
+            discard_penultimate=discard_penultimate,
         )
 
 
