@@ -1,4 +1,4 @@
-"""Which images is each sample conditioned on? Pictures, or the samples of an earlier model together with their labels.
+"""Which images is each sample conditioned on, or does it start from? Pictures, or the samples of an earlier model.
 
 A small image for a model that enlarges is taken as it is; one of the training images' size is reduced as in training.
 """
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffusion.data.image_folder import fitted
+from diffusion.data.image_folder import fitted, flattened
 from diffusion.data.listing import UNREADABLE, decode
 from diffusion.evaluation.reference import open_images
 from diffusion.images import to_pil
@@ -38,7 +39,7 @@ def choose_images(
     for path in [paths] if isinstance(paths, str | Path) else paths:
         wanted = num_samples - len(images)
         if wanted > 0:
-            pictures, told = _opened(Path(path).expanduser(), wanted)
+            pictures, told = _opened("condition_image", path, wanted)
             images += [_sized(picture, shape, low_size) for picture in pictures]
             labels += told
     if not images:
@@ -47,13 +48,17 @@ def choose_images(
     return Given([images[i % len(images)] for i in range(num_samples)], known)
 
 
-def _opened(path: Path, wanted: int) -> tuple[list[Image.Image], list[int | None]]:
-    """Return at most `wanted` pictures of a file or folder, and a label for each, None where it is not told."""
+def _opened(name: str, path: str | Path, wanted: int) -> tuple[list[Image.Image], list[int | None]]:
+    """Return at most `wanted` pictures of a file or folder, and a label for each, None where it is not told.
+
+    `name` is the setting that names the path.
+    """
+    path = Path(path).expanduser()
     if path.suffix != ".npz" and not path.is_dir():
         try:
             return [decode(path)], [None]
         except UNREADABLE as error:
-            raise ValueError(f"condition_image={path} cannot be read as an image ({error})") from error
+            raise ValueError(f"{name}={path} cannot be read as an image ({error})") from error
     stored = open_images(path)
     pictures: list[Image.Image] = []
     for batch in stored.read(256):
@@ -80,3 +85,69 @@ def _sized(picture: Image.Image, shape: Sequence[int], low_size: Sequence[int] |
     """Return an image, uint8 (C, H, W), of the training images' size, or of `low_size` if it is smaller."""
     small = low_size is not None and min(picture.size) < shape[1]
     return fitted(picture, channels=shape[0], image_size=low_size[0] if small else shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures to start from
+
+LARGEST = 4  # times the pixels that a model was trained on, for a picture whose size nobody asked for
+
+
+def picture_size(paths: str | Sequence[str], trained: Sequence[int], unit: int) -> tuple[int, int]:
+    """Return the size (H, W) to draw the first picture at: its own, to the nearest multiple of `unit`.
+
+    `trained` (H, W) is what the model draws by itself. Raises ValueError for a picture far beyond that.
+    """
+    picture = _pictures("image", paths, 1)[0]
+    width, height = (max(unit, round(side / unit) * unit) for side in picture.size)
+    if height * width > LARGEST * trained[0] * trained[1]:
+        scale = (trained[0] * trained[1] / (height * width)) ** 0.5
+        tall, wide = (max(unit, round(side * scale / unit) * unit) for side in (height, width))
+        raise ValueError(
+            f"the picture is {picture.width}x{picture.height}, and the model was trained on {trained[1]}x{trained[0]}; "
+            f"say how large it is to be: height={tall} width={wide}, for example"
+        )
+    return height, width
+
+
+def choose_pictures(
+    images: str | Sequence[str], masks: str | Sequence[str] | None, num_samples: int, shape: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Return a picture, bytes (C, H, W), and a mask, float (1, H, W) of 0 and 1, for each sample; given ones repeat.
+
+    A picture of another size than `shape` (C, H, W) is resized and its centre cut out, its mask alike. Raises
+    ValueError for a file that cannot be read and for a mask of another size than its picture.
+    """
+    pictures = _pictures("image", images, num_samples)
+    ours = [_cut(picture, shape, Image.Resampling.LANCZOS) for picture in pictures]
+    chosen = [ours[i % len(ours)] for i in range(num_samples)]
+    if masks is None:
+        return chosen, None
+    drawn = _pictures("mask", masks, num_samples)
+    for i in range(max(len(pictures), len(drawn))):
+        picture, mask = pictures[i % len(pictures)], drawn[i % len(drawn)]
+        if picture.size != mask.size:
+            raise ValueError(
+                f"mask {i} is {mask.width}x{mask.height}, but its image {picture.width}x{picture.height}; "
+                "make them equally large"
+            )
+    kept = [(_cut(mask, (1, *shape[1:]), Image.Resampling.NEAREST) >= 128).float() for mask in drawn]
+    return chosen, [kept[i % len(kept)] for i in range(num_samples)]
+
+
+def _pictures(name: str, paths: str | Sequence[str], wanted: int) -> list[Image.Image]:
+    """Return at most `wanted` pictures, at least one, of the files and folders that the setting `name` gives."""
+    found: list[Image.Image] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        if len(found) < wanted:
+            found += _opened(name, path, wanted - len(found))[0]
+    if not found:
+        raise ValueError(f"{name} is an empty list; give at least one FILE")
+    return found
+
+
+def _cut(picture: Image.Image, shape: Sequence[int], kernel: Image.Resampling) -> Tensor:
+    """Return a picture as bytes (C, H, W) of this shape, undistorted; one of that size stays as it is."""
+    channels, height, width = shape
+    fit = ImageOps.fit(flattened(picture, channels), (width, height), method=kernel)
+    return torch.from_numpy(np.array(fit).reshape(height, width, channels)).permute(2, 0, 1).contiguous()

@@ -1,6 +1,6 @@
 """From a network to a denoiser: parameterization and condition bound inside, (x, t) -> Prediction outside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +26,27 @@ def denoiser_pair(
     diffusion: GaussianDiffusion, net: Network, condition: dict[str, Tensor], null: dict[str, Tensor]
 ) -> Callable[[Tensor, int | float | Tensor], tuple[Prediction, Prediction]]:
     """Ask for the conditional and the null answer in one doubled batch; what `null` does not name, both share."""
-    unknown = set(null) - set(condition)
-    if unknown:
-        raise ValueError(f"the null condition names {sorted(unknown)}, which the condition {sorted(condition)} lacks")
-    both = {name: torch.cat([value, null.get(name, value)]) for name, value in condition.items()}
+    check_null(condition, null)
+    return denoiser_each(diffusion, net, [condition, condition | null])
 
-    def denoise(x: Tensor, t: int | float | Tensor) -> tuple[Prediction, Prediction]:
-        t = torch.cat([t, t]) if isinstance(t, Tensor) else t
-        p = denoiser(diffusion, net, **both)(torch.cat([x, x]), t)
-        halves = [(None, None) if part is None else part.chunk(2) for part in p]
-        return Prediction(*(half[0] for half in halves)), Prediction(*(half[1] for half in halves))
+
+def check_null(condition: dict[str, Tensor], null: dict[str, Tensor]) -> None:
+    """Raise ValueError where there is no condition that a null value could stand for."""
+    if unknown := set(null) - set(condition):
+        raise ValueError(f"the null condition names {sorted(unknown)}, which the condition {sorted(condition)} lacks")
+
+
+def denoiser_each(
+    diffusion: GaussianDiffusion, net: Network, conditions: Sequence[dict[str, Tensor]]
+) -> Callable[[Tensor, int | float | Tensor], tuple[Prediction, ...]]:
+    """Ask for the answer under each of several conditions, which name the same tensors, in one batch."""
+    count = len(conditions)
+    together = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+
+    def denoise(x: Tensor, t: int | float | Tensor) -> tuple[Prediction, ...]:
+        t = torch.cat([t] * count) if isinstance(t, Tensor) else t
+        p = denoiser(diffusion, net, **together)(torch.cat([x] * count), t)
+        parts = [[None] * count if part is None else part.chunk(count) for part in p]
+        return tuple(Prediction(*(part[i] for part in parts)) for i in range(count))
 
     return denoise

@@ -1,11 +1,9 @@
-"""From a model to samples: which labels, texts and seeds, in which batches, and at what precision.
+"""From a model to samples: which seeds, in which batches, told what, and at what precision.
 
-Shared by sample.py and by the pictures made during training. Image i depends on `seed + i` alone.
+Shared by sample.py, pipeline.py and the pictures made during training. Image i depends on `seed + i` alone.
 """
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,20 +12,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import LoadedClassifier, LoadedModel, load_classifier, weights_hash
+from diffusion.asked import Asked, check_count, choose_asked, choose_labels, classes_asked, classes_of
 from diffusion.denoiser import NULL_LABEL
-from diffusion.guidance import ClassifierGuidance, NoGuidance, is_noise, within
+from diffusion.devices import HALF, choose_device, choose_dtype, half_weights, in_own_precision, resident
+from diffusion.guidance import ClassifierGuidance
+from diffusion.guiding import check_same_space, guidance_for, say_guidance, with_classifier
+from diffusion.image_tasks import Begin, Source, begun, check_source, pasted, picture_task
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import fold
 from diffusion.sampling import SampleNoise, Sampler
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# The settings of sample.py that ask for what a model's conditioner reads from the batch entry of that name.
-ASKED_BY = {"label": "labels", "caption": "prompt", "image": "condition_image"}
-NOUNS = {"labels": "classes", "prompt": "texts", "condition_image": "images"}
-EXAMPLES = {"labels": "labels=[3,7]", "prompt": 'prompt="..."', "condition_image": "condition_image=FILE"}
+__all__ = [
+    "Asked",
+    "Batch",
+    "Inputs",
+    "NonFiniteSamples",
+    "batches",
+    "check_count",
+    "check_same_space",
+    "choose_asked",
+    "choose_device",
+    "choose_dtype",
+    "choose_labels",
+    "classes_asked",
+    "classes_of",
+    "conditions",
+    "decoded",
+    "generate",
+    "guidance_for",
+    "padded",
+    "sampler_for",
+    "say_guidance",
+    "whole",
+    "with_classifier",
+]
 
 Inputs = Mapping[str, Sequence[Any]]  # by batch entry ("caption", "label", "image"), a value a sample
 
@@ -45,220 +63,6 @@ class NonFiniteSamples(ValueError):
     """The sampler ended in values that are not numbers."""
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise ValueError unless `value` is at least 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def choose_labels(labels: Sequence[int] | int | None, num_samples: int, num_classes: int | None) -> list[int] | None:
-    """Return a label for each sample: the given ones repeat, without any all classes take turns; None: no classes."""
-    check_count("num_samples", num_samples)
-    if num_classes is None:
-        if labels is not None:
-            raise ValueError(f"labels={labels} for a model without classes; leave labels out")
-        return None
-    given = list(range(num_classes)) if labels is None else [labels] if isinstance(labels, int) else list(labels)
-    wrong = [x for x in given if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < num_classes]
-    if wrong or not given:
-        raise ValueError(
-            f"labels={given} must be whole numbers from 0 to {num_classes - 1}, this model's classes"
-            + (f"; {wrong} are not" if wrong else "; the list is empty")
-        )
-    return [given[i % len(given)] for i in range(num_samples)]
-
-
-def choose_prompts(name: str, prompts: str | Sequence[str], num_samples: int) -> list[str]:
-    """Return a text for each sample: the given ones repeat. Raises ValueError for what is not text."""
-    given = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
-    wrong = [text for text in given if not isinstance(text, str)]
-    if wrong or not given:
-        what = f"; {wrong[0]!r} is none, quote it: '{name}=\"{wrong[0]}\"'" if wrong else "; the list is empty"
-        raise ValueError(f"{name} must be a text or a list of texts{what}")
-    return [given[i % len(given)] for i in range(num_samples)]
-
-
-class Asked(NamedTuple):
-    """What each sample is to show: classes for the network, inputs for the conditioner, and what to steer away from."""
-
-    labels: list[int] | None
-    inputs: dict[str, list[Any]] | None
-    negative: dict[str, list[str]] | None
-    condition_noise: float | None = None
-
-
-def classes_of(net: nn.Module, conditioner: nn.Module | None) -> int | None:
-    """Return how many classes the network knows, by itself or through its conditioner; None for none."""
-    known = getattr(net, "num_classes", None)
-    return getattr(conditioner, "num_classes", None) if known is None else known
-
-
-def classes_asked(net: nn.Module, conditioner: nn.Module | None, guidance: Any) -> int | None:
-    """Return how many classes a label may name: those of the network, or else those of the classifier that guides."""
-    known = classes_of(net, conditioner)
-    return guidance.num_classes if known is None and isinstance(guidance, ClassifierGuidance) else known
-
-
-def choose_asked(model: LoadedModel, config: Mapping[str, Any], guidance: Any = None) -> Asked:
-    """Read what sample.py is asked for by labels, texts and images, as this model and its guidance understand it.
-
-    Images that come with labels are of those classes. Raises ValueError for a setting that the model does not listen
-    to, and for one that it needs.
-    """
-    entries = () if model.conditioner is None else model.conditioner.entries
-    num_classes = classes_asked(model.net, model.conditioner, guidance)
-    if unknown := [entry for entry in entries if entry not in ASKED_BY]:
-        raise ValueError(f"this model is conditioned on {unknown}, which no setting gives; call generate(inputs=...)")
-    heard = [ASKED_BY[entry] for entry in entries]
-    heard += ["labels"] if num_classes is not None and "labels" not in heard else []
-    for key, needed in (
-        ("labels", "labels"),
-        ("prompt", "prompt"),
-        ("negative_prompt", "prompt"),
-        ("condition_image", "condition_image"),
-    ):
-        if config.get(key) is not None and needed not in heard:
-            instead = f"it takes {' and '.join(EXAMPLES[name] for name in heard)}" if heard else "it takes no condition"
-            raise ValueError(f"{key}={config[key]}, but this model was not trained with {NOUNS[needed]}; {instead}")
-    for key in heard:
-        if key != "labels" and config.get(key) is None:
-            raise ValueError(f"this model draws what {NOUNS[key]} ask for; add {EXAMPLES[key]}")
-    count, labels = config["num_samples"], config["labels"]
-    check_count("num_samples", count)
-    inputs: dict[str, list[Any]] = {}
-    if "image" in entries:
-        from diffusion.condition_images import choose_images  # the data sets' packages: only for those who need them
-
-        inputs["image"], told = choose_images(
-            config["condition_image"], count, model.facts["shape"], model.conditioner.low_size
-        )
-        labels = told if labels is None and num_classes is not None else labels
-        if labels is None and num_classes is not None and model.conditioner.low_size is not None:
-            raise ValueError("this model enlarges images of known classes, and the files tell none; add labels=[3,7]")
-    labels = choose_labels(labels, count, num_classes)
-    for entry in entries:
-        if entry == "label":
-            inputs[entry] = labels
-        elif entry == "caption":
-            inputs[entry] = choose_prompts("prompt", config["prompt"], count)
-    negative = None
-    if config.get("negative_prompt") is not None:
-        negative = {"caption": choose_prompts("negative_prompt", config["negative_prompt"], count)}
-    if (noise := config.get("condition_noise")) is not None:
-        from diffusion.conditioning import check_noise
-
-        check_noise("condition_noise", noise, getattr(model.conditioner, "train_noise", (0.0, 0.0)))
-    return Asked(labels, inputs or None, negative, noise)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the named device; "auto" is the best one here. Raises ValueError where this machine has no such device."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used here ({reason}); use device=auto or device=cpu") from error
-    return device
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """Return the dtype of this name, one of `DTYPES`."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
-def with_classifier(
-    guidance: Any,
-    diffusion: GaussianDiffusion,
-    *,
-    shape: Sequence[int],
-    num_classes: int | None,
-    autoencoder: nn.Module | None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    buildable: Sequence[str] = (),
-) -> Any:
-    """Return classifier guidance with its classifier loaded and fit for a denoiser; any other guidance as it is.
-
-    The denoiser is told by its `diffusion`, the `shape` (C, H, W) of its images, its `num_classes` if it has classes,
-    and its `autoencoder`. The classifier computes in float32, or in float64 if that is `dtype`. Raises ValueError for
-    a file that holds no classifier and for a classifier of other images, latents, noise or classes.
-    """
-    if not isinstance(guidance, ClassifierGuidance):
-        return guidance
-    if guidance.classifier is None and guidance.classifier_checkpoint is not None:
-        loaded = load_classifier(guidance.classifier_checkpoint, device=device, buildable=buildable)
-        loaded.net.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        guidance = replace(guidance, classifier=loaded)
-    if isinstance(guidance.classifier, LoadedClassifier):
-        check_same_space(guidance.name, guidance.classifier.parts.get("autoencoder"), autoencoder)
-    guidance.check(
-        diffusion, shape if autoencoder is None else autoencoder.latent_shape(shape), num_classes=num_classes
-    )
-    return guidance
-
-
-def check_same_space(name: str, latents_of: Mapping[str, Any] | None, autoencoder: nn.Module | None) -> None:
-    """Raise ValueError unless a classifier judges what the denoiser draws: pixels, or latents of one autoencoder.
-
-    `latents_of` is what the classifier's file says about its autoencoder, None for one that judges pixels.
-    """
-    spaces = ["pixels" if of is None else "the latents of an autoencoder" for of in (latents_of, autoencoder)]
-    if spaces[0] != spaces[1]:
-        raise ValueError(
-            f"{name} judges {spaces[0]}, but the denoiser draws {spaces[1]}; train a classifier on {spaces[1]}"
-        )
-    if latents_of is None:
-        return
-    config = latents_of["config"]
-    theirs = (latents_of["sha256"][:12], config.get("scale_factor"), config.get("shift", 0.0))
-    ours = (weights_hash(autoencoder)[:12], autoencoder.scale_factor, autoencoder.shift)
-    if theirs != ours:
-        worded = ["weights {}, scale_factor={} shift={}".format(*of) for of in (theirs, ours)]
-        raise ValueError(
-            f"{name} judges latents of another autoencoder ({worded[0]}) than the denoiser's ({worded[1]}); train "
-            "both on the same one"
-        )
-
-
-def say_guidance(guidance: Any, sampler: Sampler, diffusion: GaussianDiffusion) -> None:
-    """Say on stderr, where a classifier guides, in which form the sampler lets it, and at which timesteps not."""
-    if not isinstance(guidance, ClassifierGuidance):
-        return
-    form, noise = "shifts the mean (DDPM)", []
-    if not sampler.shifts_mean:
-        form = "bends the score (DDIM, ODE solvers)"
-        grid = sampler.timesteps(diffusion.schedule)[:-1]
-        noise = [t for t in grid if within(guidance.interval, t) and is_noise(diffusion.schedule.level(t))]
-    where = f", but not at timestep {', '.join(map(str, noise))}, which is noise only" if noise else ""
-    print(f"{guidance.name} guides: it {form}, classifier_scale={guidance.classifier_scale:g}{where}", file=sys.stderr)
-
-
-def guidance_for(guidance: Any, *, conditional: bool, condition_drop: float) -> Any:
-    """Return the guidance to use with such a model, with a warning where it cannot do what it is for."""
-    if getattr(guidance, "guidance_scale", 1) == 1:
-        return guidance
-    if not conditional:
-        if isinstance(guidance, ClassifierGuidance):
-            warnings.warn("this model has no condition: sampling with the classifier's guidance alone", stacklevel=1)
-            return replace(guidance, guidance_scale=1.0)
-        warnings.warn("this model has no condition to guide towards: sampling without guidance", stacklevel=1)
-        return NoGuidance()
-    if not condition_drop:
-        warnings.warn(
-            f"guidance_scale={guidance.guidance_scale}, but this model was trained without condition drop: what it "
-            "answers without a condition means nothing, so guidance will hurt. Use guidance=none, or train with "
-            "task.condition_drop=0.1",
-            stacklevel=1,
-        )
-    return guidance
-
-
 def generate(
     net: nn.Module,
     diffusion: GaussianDiffusion,
@@ -270,6 +74,7 @@ def generate(
     labels: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     negative: Inputs | None = None,
+    source: Source | None = None,
     condition_noise: float | None = None,
     conditioner: nn.Module | None = None,
     autoencoder: nn.Module | None = None,
@@ -277,45 +82,93 @@ def generate(
     dtype: torch.dtype = torch.float32,
     pad_to: int = 1,
     tile: int | None = None,
+    offload: str | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Draw one batch (B, C, H, W), in [-1, 1] for pixels, as float32 on the CPU. Sample i depends on `seeds[i]` alone.
 
     `shape` is that of an image; with an `autoencoder` its latents are sampled and decoded, in tiles of `tile` latent
-    pixels if large images must fit into memory. The modules are used as they
-    are (call `.eval()` and `.to(device)` first); in bfloat16 and float16 the network runs under autocast while the
+    pixels if large images must fit into memory. `source` are the pictures to start from, to repaint or to edit. The
+    modules are used as they
+    are (call `.eval()` and `.to(device)` first, or let offload="sequential" move one at a time); in bfloat16 and
+    float16 a float32 network runs under autocast, one of such weights as it is, while the
     sampler's arithmetic stays float32; float64 needs modules in float64. Matrix kernels round differently for small
     and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself with spare samples
     that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. `labels` are for the network,
     if it knows classes, and for a classifier that guides (whose `guidance` comes from `with_classifier`). Raises
     ValueError for samples that are not finite.
     """
-    wanted = len(seeds)
+    wanted, given = len(seeds), source
     sampler = sampler_for(sampler, latents=autoencoder is not None)
     seeds, labels, inputs, negative = (padded_all(part, pad_to) for part in (seeds, labels, inputs, negative))
+    source = None if source is None else source.chosen(partial(padded, multiple=pad_to))
     device = torch.device(device)
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    told = {"seeds": seeds, "condition_noise": condition_noise}
-    condition, null = conditions(net, conditioner, labels, inputs, negative, **told, device=device, dtype=state_dtype)
-    denoise = guidance(diffusion, net, condition, null)
+    told = {"seeds": seeds, "condition_noise": condition_noise, "device": device, "dtype": state_dtype}
+    with resident(conditioner, device, offload):
+        condition, null = conditions(net, conditioner, labels, inputs, negative, **told)
     noise = SampleNoise(seeds, device=device)
     x = noise.initial(shape if autoencoder is None else autoencoder.latent_shape(shape)).to(state_dtype)
+    grid = sampler.timesteps(diffusion.schedule)
+    task = picture_task(net, len(x[0]), conditioner)
+    check_source(source, task)
+    begin = Begin(x, grid)
+    if source is not None:
+        with resident(autoencoder, device, offload):
+            coding = {"autoencoder": autoencoder, "dtype": dtype, "tile": tile}
+            begin = begun(source, diffusion, x, grid, task=task, **coding)
+        condition, null = with_picture(condition, null, begin)
     push = None
     if isinstance(guidance, ClassifierGuidance):
         push = guidance.log_prob_grad(diffusion, x, labels, num_classes=classes_of(net, conditioner))
-    half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device.type, dtype) if half else contextlib.nullcontext():
-        for state in sampler.states(diffusion, denoise, x, noise=noise, log_prob_grad=push):
-            x = state.x
-            if on_step is not None:
-                on_step()
+    x = begin.x
+    if begin.timesteps:
+        with resident(net, device, offload), autocast_for(net, device, dtype):
+            denoise = guidance(diffusion, in_own_precision(net), condition, null)
+            walk = {"timesteps": begin.timesteps, "project": begin.project, "log_prob_grad": push}
+            for state in sampler.states(diffusion, denoise, x, noise=noise, **walk):
+                x = state.x
+                if on_step is not None:
+                    on_step()
     if push is not None:
         push.check()
     x = x[:wanted]
+    check_finite(x, half=dtype in HALF)
+    if autoencoder is None:
+        return pasted(x.float().cpu(), given)
+    with resident(autoencoder, device, offload):
+        return pasted(decoded(autoencoder, x, dtype=dtype, tile=tile), given)
+
+
+def autocast_for(net: nn.Module, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Run a float32 network in half precision; one whose weights are in half precision needs nothing."""
+    if dtype not in HALF or half_weights(net) is not None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def check_finite(x: Tensor, *, half: bool) -> None:
+    """Raise NonFiniteSamples where a sampler ended in values that are not numbers."""
     if broken := int((~x.isfinite()).flatten(1).any(1).sum()):
         hint = "try dtype=float32" if half else "the checkpoint may be that of a run that diverged"
         raise NonFiniteSamples(f"{broken} of {len(x)} samples are not finite; {hint}")
-    return x.float().cpu() if autoencoder is None else decoded(autoencoder, x, dtype=dtype, tile=tile)
+
+
+def with_picture(
+    condition: dict[str, Tensor], null: dict[str, Tensor], begin: Begin
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the conditions with the channels that a network reads of a picture, before those of a conditioner."""
+    if begin.concat is None:
+        return condition, null
+
+    def joined(told: dict[str, Tensor], picture: Tensor | None) -> dict[str, Tensor]:
+        channels = [picture, told.get("concat", condition.get("concat"))]
+        return told | {"concat": torch.cat([part for part in channels if part is not None], dim=1)}
+
+    away = begin.null_concat
+    if away is None and "concat" not in null:  # inpainting: both halves of guidance see the picture
+        return joined(condition, begin.concat), null
+    return joined(condition, begin.concat), joined(null, begin.concat if away is None else away)
 
 
 def conditions(
@@ -347,10 +200,11 @@ def conditions(
     if conditioner is not None:
         with torch.no_grad():
             prepared = prepared_of(inputs)
-            told = conditioner(prepared)
             if negative:
-                away = conditioner(prepared_of({**inputs, **negative}))
+                prepared, away = conditioner.alike(prepared, prepared_of({**inputs, **negative}))
+                told, away = conditioner(prepared), conditioner(away)
             else:
+                told = conditioner(prepared)
                 away = conditioner(prepared, torch.ones(len(prepared), dtype=torch.bool, device=device))
         condition |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
         null |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in away.items()}
@@ -390,7 +244,7 @@ def decoded(
 
     What overflows in half precision is decoded again in float32, with a warning.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = dtype in HALF
     how = {} if tile is None else {"tile": tile, "overlap": min(8, tile // 4)}
     decode = partial(autoencoder.decode_safely, dtype=dtype, **how) if half else partial(autoencoder.decode, **how)
     return torch.cat([decode(z).float().cpu() for z in latents.split(1)])
@@ -430,6 +284,7 @@ def batches(
     labels: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     negative: Inputs | None = None,
+    source: Source | None = None,
     pad_to: int = 1,
     numbers: Iterable[int] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -449,6 +304,7 @@ def batches(
             "inputs": None if inputs is None else {name: list(values[some]) for name, values in inputs.items()},
             "negative": None if negative is None else {name: list(values[some]) for name, values in negative.items()},
         }
+        asked["source"] = None if source is None else source.chosen(lambda values, some=some: list(values[some]))
         count = None if on_step is None else partial(on_step, len(seeds))
         images = generate(
             net, diffusion, sampler, guidance, seeds=seeds, **asked, pad_to=pad_to, on_step=count, **settings

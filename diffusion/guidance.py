@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .denoiser import Denoiser, Network, denoiser, denoiser_pair
+from .denoiser import Denoiser, Network, check_null, denoiser, denoiser_each, denoiser_pair
 from .process import GaussianDiffusion, Prediction, mix, target
 from .schedule import Level
 
@@ -96,21 +96,74 @@ class ClassifierFreeGuidance:
                 torch.lerp(without.eps, given.eps, self.guidance_scale),
                 given.var_frac,
             )
-            return self._rescaled(diffusion, given, guided, x, t) if self.rescale else guided
+            return rescaled(diffusion, guided, given, x, t, self.rescale)
 
         return denoise
 
-    def _rescaled(
-        self, diffusion: GaussianDiffusion, given: Prediction, guided: Prediction, x: Tensor, t: int | float | Tensor
-    ) -> Prediction:
-        # Measured on what the network predicts; "mean" has no spread of its own to keep, so it is read as eps.
-        kind = "eps" if diffusion.parameterization == "mean" else diffusion.parameterization
-        at = diffusion.schedule.level(t).to(x)
-        wanted, got = (target(kind, p.x0, p.eps, at) for p in (given, guided))
-        spread = wanted.std((1, 2, 3), keepdim=True) / got.std((1, 2, 3), keepdim=True)
-        output = got * (self.rescale * spread + (1 - self.rescale))
-        read = {"eps": Prediction.from_eps, "x0": Prediction.from_x0, "v": Prediction.from_v}[kind]
-        return read(x, output, at, given.var_frac)
+
+def rescaled(
+    diffusion: GaussianDiffusion, guided: Prediction, given: Prediction, x: Tensor, t: int | float | Tensor, phi: float
+) -> Prediction:
+    """Give a guided belief, by the part `phi`, the standard deviation of the conditional one: 2305.08891 eq. 16."""
+    if not phi:
+        return guided
+    # Measured on what the network predicts; "mean" has no spread of its own to keep, so it is read as eps.
+    kind = "eps" if diffusion.parameterization == "mean" else diffusion.parameterization
+    at = diffusion.schedule.level(t).to(x)
+    wanted, got = (target(kind, p.x0, p.eps, at) for p in (given, guided))
+    spread = wanted.std((1, 2, 3), keepdim=True) / got.std((1, 2, 3), keepdim=True)
+    output = got * (phi * spread + (1 - phi))
+    read = {"eps": Prediction.from_eps, "x0": Prediction.from_x0, "v": Prediction.from_v}[kind]
+    return read(x, output, at, given.var_frac)
+
+
+@dataclass(frozen=True)
+class TwoScaleGuidance:
+    """InstructPix2Pix's guidance (2211.09800 eq. 3): how much to follow the text, and how much to keep of the picture.
+
+    null + image_guidance_scale (picture - null) + guidance_scale (picture and text - picture). The picture is the
+    condition `concat`, the text everything else. Up to three answers, in one batch: those that count for nothing at
+    these scales are not asked for. `rescale` and `interval` as in `ClassifierFreeGuidance`.
+    """
+
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 1.5
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        ClassifierFreeGuidance(self.guidance_scale, self.rescale, self.interval)  # what is wrong with them is found
+        check_scale("image_guidance_scale", self.image_guidance_scale)
+
+    def __call__(
+        self, diffusion: GaussianDiffusion, net: Network, condition: dict[str, Tensor], null: dict[str, Tensor]
+    ) -> Denoiser:
+        """Bind to a network; `null` holds the null values of text and picture."""
+        if "concat" not in null:
+            raise ValueError(
+                "guidance by two scales needs a picture as condition (InstructPix2Pix); this model takes none: use "
+                "guidance=classifier_free"
+            )
+        check_null(condition, null)
+        picture = condition | {name: value for name, value in null.items() if name != "concat"}
+        text, image = self.guidance_scale, self.image_guidance_scale
+        shares = [(text, condition), (image - text, picture), (1 - image, condition | null)]
+        weights, told = zip(*[share for share in shares if share[0]], strict=True)
+        conditional = denoiser(diffusion, net, **condition)
+        if weights == (1,):
+            return denoiser(diffusion, net, **told[0])
+        told = told if text else (condition, *told)  # its learned variance and spread are kept
+        each = denoiser_each(diffusion, net, told)
+
+        def denoise(x: Tensor, t: int | float | Tensor) -> Prediction:
+            if not within(self.interval, t):
+                return conditional(x, t)
+            given, *_ = found = each(x, t)
+            counted = list(zip(weights, found[-len(weights) :], strict=True))
+            x0, eps = (sum(w * getattr(p, name) for w, p in counted) for name in ("x0", "eps"))
+            return rescaled(diffusion, Prediction(x0, eps, given.var_frac), given, x, t, self.rescale)
+
+        return denoise
 
 
 class NonFiniteGradient(ValueError):
