@@ -20,27 +20,34 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention and a two-layer perceptron, each after a LayerNorm and added to its input; all with biases."""
+    """Self-attention and a two-layer perceptron, each after a LayerNorm and added to its input.
+
+    `head_channels` is the width of a head, by default channels / num_heads; `qkv_bias=False` leaves the biases of
+    queries, keys and values away, all other layers have theirs.
+    """
 
     def __init__(
         self,
         channels: int,
         *,
         num_heads: int,
+        head_channels: int | None = None,
+        qkv_bias: bool = True,
         hidden_channels: int | None = None,
         activation: str = "gelu",
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
+        if num_heads < 1 or (head_channels is None and channels % num_heads):
             raise ValueError(f"{channels} channels cannot be split into {num_heads} heads; choose a divisor")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         hidden_channels = 4 * channels if hidden_channels is None else hidden_channels
+        inner = channels if head_channels is None else num_heads * head_channels
         self.num_heads, self.activation = num_heads, activation
         self.norm_attention = nn.LayerNorm(channels, eps=norm_eps)
-        self.qkv = TokenLinear(channels, 3 * channels)
-        self.out = TokenLinear(channels, channels)
+        self.qkv = TokenLinear(channels, 3 * inner, bias=qkv_bias)
+        self.out = TokenLinear(inner, channels)
         self.norm_feedforward = nn.LayerNorm(channels, eps=norm_eps)
         self.expand = TokenLinear(channels, hidden_channels)
         self.contract = TokenLinear(hidden_channels, channels)
@@ -64,13 +71,16 @@ class EncoderBlock(nn.Module):
             (self.contract, residual),
         ):
             nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class TextTransformer(nn.Module):
     """Token ids (B, L) -> the hidden states after every layer.
 
-    The defaults are OpenAI's (ViT-B/32); `causal=False` lets every token look both ways. `projection_channels` adds the
+    The defaults are OpenAI's (ViT-B/32); `causal=False` lets every token look both ways. `head_channels` and `qkv_bias`
+    are the blocks'; latent diffusion's own encoder has 8 heads of 64 in 1280 channels, without biases, and looks both
+    ways. `projection_channels` adds the
     linear map, without bias, that takes the pooled state to the space shared with images. `embedding_std` is that of
     the initial token embeddings, twice the positions': larger ones leave more of each word in its own hidden state,
     which small models trained from scratch need to compose words that they have not seen together.
@@ -83,6 +93,8 @@ class TextTransformer(nn.Module):
         *,
         num_layers: int = 12,
         num_heads: int = 8,
+        head_channels: int | None = None,
+        qkv_bias: bool = True,
         max_length: int = 77,
         hidden_channels: int | None = None,
         activation: str = "quick_gelu",
@@ -97,10 +109,11 @@ class TextTransformer(nn.Module):
                 raise ValueError(f"{name}={value}; a text transformer needs at least 1")
         self.vocab_size, self.channels, self.max_length, self.causal = vocab_size, channels, max_length, causal
         self.projection_channels = projection_channels
-        block = {"num_heads": num_heads, "hidden_channels": hidden_channels, "activation": activation}
+        block = {"num_heads": num_heads, "head_channels": head_channels, "qkv_bias": qkv_bias}
+        block |= {"hidden_channels": hidden_channels, "activation": activation, "norm_eps": norm_eps}
         self.token_embedding = nn.Embedding(vocab_size, channels)
         self.position_embedding = nn.Embedding(max_length, channels)
-        self.blocks = nn.ModuleList(EncoderBlock(channels, norm_eps=norm_eps, **block) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(EncoderBlock(channels, **block) for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(channels, eps=norm_eps)
         self.projection = None
         if projection_channels is not None:
