@@ -1,0 +1,323 @@
+"""What is in a single file of weights: a whole model in CompVis' layout, or one network of it alone?
+
+The parts are found by the names that they all have below whatever prefix, and their sizes are read from shapes.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffusion.pretrained import architecture, compvis_autoencoder, families, guided_diffusion
+from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
+from diffusion.pretrained.keymap import KeyMap, Rule, Transform
+from diffusion.pretrained.other_files import recognise_other
+from diffusion.pretrained.places import Place, Recognised, Shapes, fit, table_in_names, template
+from diffusion.pretrained.prediction import read_parameterization, read_schedule
+from diffusion.pretrained.text_files import Tower
+from diffusion.pretrained.text_places import encoder_settings, text_conditioner, text_parts, text_place, towers_of
+from diffusion.pretrained.weight_files import WeightFile
+
+UNET = "input_blocks.0.0.weight"
+CODER = "encoder.down.0.block.0.conv1.weight"
+CLASSES = "cond_stage_model.embedding.weight"
+AVERAGED = "model_ema.diffusion_model"  # then the names without their dots
+HARMLESS = re.compile(
+    r"^((sqrt_|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_(one_minus|recip|recipm1)_alphas_cumprod|betas"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|v_pred|ztsnr"
+    r"|denoiser\.(log_)?sigmas|(first_stage_model\.)?(model_ema|loss)\..*|embedding_manager\..*"
+    r"|cond_stage_model\.(logit_scale|text_projection|mapper\..*|final_ln\..*)"
+    r"|(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask)|(.*\.)?(visual|vision_model)\..*"
+    r"|(optimizer|lr_scheduler|callbacks)\..*|epoch|global_step)$"
+)
+ADDED_ROW = Transform(lambda rows: nn.functional.pad(rows, (0, 0, 0, 1)), lambda rows: (rows[:-1],))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The prefixes below which a file has a UNet and an autoencoder, and its text encoders."""
+
+    unet: str | None
+    autoencoder: str | None
+    towers: list[Tower]
+
+
+def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the names that start with a prefix, without it."""
+    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def find_parts(shapes: Shapes) -> Parts:
+    """Where the networks are in a file of CompVis' names."""
+    unets = [n.removesuffix(UNET) for n in shapes if n.endswith(UNET) and _ends(n, UNET)]
+    unets = [prefix for prefix in unets if architecture.has_unet(below(shapes, prefix))]
+    coders = [n.removesuffix(CODER) for n in shapes if n.endswith(CODER) and _ends(n, CODER)]
+    first = min(unets, key=lambda prefix: (prefix != "model.diffusion_model.", prefix), default=None)
+    return Parts(first, min(coders, default=None), towers_of(shapes))
+
+
+def _ends(name: str, suffix: str) -> bool:
+    rest = name.removesuffix(suffix)
+    return not rest or (rest.endswith(".") and "control" not in rest)
+
+
+def recognise_file(file: WeightFile, *, weights: str = "auto") -> Recognised:
+    """What one file is. Raises ValueError for what we do not know, naming the nearest and what differs."""
+    if (other := recognise_other(file)) is not None:
+        return other
+    parts = find_parts(file.shapes)
+    if parts.unet is not None:
+        return _denoiser(file, parts, weights)
+    if parts.autoencoder is not None:
+        return _autoencoder(file, parts.autoencoder)
+    if parts.towers:
+        return _text(file, parts.towers)
+    raise ValueError(nothing_known(file))
+
+
+def nothing_known(file: WeightFile) -> str:
+    """Words for a file none of whose names is known."""
+    names = ", ".join(list(file)[:3])
+    return (
+        f"{file.path} is no model that is known here: its {len(file)} tensors ({names}, ...) are no UNet "
+        "(input_blocks.* or down_blocks.*), no autoencoder (encoder.*, decoder.*), no CLIP text encoder, no LoRA"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# denoisers
+
+
+def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
+    shapes = below(file.shapes, parts.unet)
+    linear = architecture.linear_projections(shapes)
+    rough = _settings(file, shapes, "sd1", linear)
+    kind = families.structure(
+        rough,
+        towers=[tower.layout for tower in parts.towers],
+        linear=linear,
+        vocabulary="class" if CLASSES in file else None,
+    )
+    settings = _settings(file, shapes, kind, linear)
+    family = _family(file, kind, settings)
+    notes: list[str] = []
+    net = {"_target_": "diffusion.models.unet.UNet", **settings}
+    places = [_unet_place(file, parts.unet, net, linear, family, weights, notes)]
+    config: dict[str, Any] = {"net": net}
+    scale = _scale_factor(file, family, notes)
+    config["autoencoder"], absent = _autoencoder_node(file, parts.autoencoder, scale, places)
+    config["conditioner"] = _conditioner(file, parts.towers, kind, places, absent)
+    parameterization = read_parameterization(file, family, notes)
+    schedule = read_schedule(file, family, parameterization, notes)
+    config["diffusion"] = families.diffusion_node(schedule, parameterization)
+    classes = config["conditioner"]["num_classes"] if kind == "ldm-class" else None
+    size = families.SIZES_BY_PARAMETERIZATION.get(parameterization or "") if kind == "sd2" else None
+    facts = families.facts_of(family, image_size=size if family.parameterization is None else None, num_classes=classes)
+    found = Recognised(
+        path=file.path,
+        layout="compvis",
+        kind="denoiser",
+        family=family.name,
+        title=_title(family, settings),
+        config={name: node for name, node in config.items() if node is not None},
+        facts=facts,
+        places=tuple(places),
+        absent=tuple(absent),
+        parameterization=parameterization,
+        notes=tuple(notes),
+        files=(file,),
+    )
+    return compared(found)
+
+
+def _settings(file: WeightFile, shapes: Shapes, kind: str, linear: bool) -> dict[str, Any]:
+    try:
+        return architecture.unet_settings(shapes, lambda width, _: families.heads(width, linear=linear, family=kind))
+    except ValueError as error:
+        raise ValueError(
+            f"{file.path} has a UNet in CompVis' names, but it is damaged or of another kind: {error}"
+        ) from error
+
+
+def _family(file: WeightFile, kind: str, settings: Mapping[str, Any]) -> Family:
+    beside = settings["in_channels"] - settings["out_channels"]
+    names = BY_CHANNELS[kind]
+    if beside in names:
+        return FAMILIES[names[beside]]
+    known = KNOWN_CHANNELS.get((kind, beside))
+    raise ValueError(
+        f"{file.path} is {f'{known}, for which there is no task here' if known else 'no model that is known here'}; "
+        f"the nearest is {FAMILIES[kind].title}, but it takes {settings['in_channels']} input channels and gives "
+        f"{settings['out_channels']}: {beside} more, where {' or '.join(map(str, names))} are known"
+    )
+
+
+def _title(family: Family, settings: Mapping[str, Any]) -> str:
+    """The family's, with a word for sizes that were not published."""
+    published = {"ldm-class": 192, "ldm": 224, "sdxl-refiner": 384}.get(family.name, 320)
+    context = family.context_channels
+    if settings["channels"] == published and settings["context_channels"] == context:
+        return family.title
+    return f"{family.title} of other sizes ({settings['channels']} channels, context {settings['context_channels']})"
+
+
+def _unet_place(
+    file: WeightFile,
+    prefix: str,
+    net: Mapping[str, Any],
+    linear: bool,
+    family: Family,
+    weights: str,
+    notes: list[str],
+) -> Place:
+    module = template(net)
+    vector = architecture.vector_prefix(below(file.shapes, prefix))
+    rules = list(guided_diffusion.unet_rules(module, linear_projections=linear, vector_prefix=vector))
+    averages = any(name.startswith(AVERAGED) for name in file)
+    if weights == "ema" and not averages:
+        raise ValueError(f"{file.path} has no averaged weights (model_ema.*); leave weights out")
+    if averages and (weights == "ema" or (weights == "auto" and family.averaged)):
+        dotless = {name: name.replace(".", "") for rule in rules for name in rule.foreign}
+        if weights == "auto":
+            notes.append("both raw and averaged weights are there; the averaged are taken (weights=raw for the others)")
+        return Place("net", file, AVERAGED, table_in_names(module, rules, dotless))
+    if averages and weights == "auto":
+        notes.append(
+            "both raw and averaged weights are there; the raw are taken, as its original code does (weights=ema)"
+        )
+    return Place("net", file, prefix, KeyMap(module, rules))
+
+
+def _autoencoder_node(
+    file: WeightFile, prefix: str | None, scale_factor: float, places: list[Place]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The autoencoder's config, its place added; without one in the file, the published one's, as what is absent."""
+    if prefix is None:
+        return families.autoencoder_node(scale_factor), ["autoencoder"]
+    node, place = autoencoder_part(file, prefix, scale_factor)
+    places.append(place)
+    return node, []
+
+
+def autoencoder_part(file: WeightFile, prefix: str, scale_factor: float) -> tuple[dict[str, Any], Place]:
+    """Config node and place of an autoencoder in CompVis' names."""
+    try:
+        arguments = architecture.autoencoder_arguments(below(file.shapes, prefix))
+        settings = compvis_autoencoder.autoencoder_config(arguments)
+        table = compvis_autoencoder.autoencoder_table(arguments)
+    except ValueError as error:
+        raise ValueError(f"{file.path} has an autoencoder in CompVis' names, but it is damaged: {error}") from error
+    target = "vq.VQAutoencoder" if "n_embed" in arguments else "autoencoder.AutoencoderKL"
+    node = {"_target_": f"diffusion.models.{target}", **settings, "scale_factor": scale_factor}
+    return node, Place("autoencoder", file, prefix, table)
+
+
+def _scale_factor(file: WeightFile, family: Family, notes: list[str]) -> float:
+    if "scale_factor" in file and file["scale_factor"].shape in ((), (1,)):
+        value = float(file.read("scale_factor").float())
+        if value != 1.0 and abs(value - family.scale_factor) > 1e-5:
+            notes.append(f"the file says scale_factor={value:.6g}, which is taken instead of {family.scale_factor}")
+            return value
+    return family.scale_factor
+
+
+def _conditioner(
+    file: WeightFile, towers: list[Tower], kind: str, places: list[Place], absent: list[str]
+) -> dict[str, Any] | None:
+    if kind == "ldm":
+        return None
+    if kind == "ldm-class":
+        return _class_conditioner(file, places, absent)
+    node = text_conditioner(towers, kind)
+    if node is None:
+        raise ValueError(
+            f"{file.path} has a UNet like that of {FAMILIES[kind].title}, but {len(towers)} text encoders "
+            f"({'; '.join(map(str, towers))}); give a file with the model's own, or its UNet alone"
+        )
+    if not towers:
+        absent.append("conditioner")
+    for tower, (part, encoder) in zip(towers, text_parts(node).items(), strict=False):
+        places.append(text_place(part, file, tower, encoder))
+    return node
+
+
+def _class_conditioner(file: WeightFile, places: list[Place], absent: list[str]) -> dict[str, Any]:
+    """Latent diffusion's table of classes; that of 1001 rows has one for no class, that of 1000 none."""
+    if CLASSES not in file:
+        absent.append("conditioner")
+        return families.class_node(1000, 512)
+    rows, channels = file[CLASSES].shape if len(file[CLASSES].shape) == 2 else (2, 1)
+    lacks_null = rows == 1000
+    num_classes = rows if lacks_null else rows - 1
+    table = nn.Embedding(num_classes + 1, channels, device="meta")
+    rule = Rule("weight", ("weight",), ADDED_ROW) if lacks_null else Rule("weight", ("weight",))
+    places.append(Place("conditioner.embedding", file, CLASSES.removesuffix("weight"), KeyMap(table, [rule])))
+    return families.class_node(num_classes, channels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts alone
+
+
+def _autoencoder(file: WeightFile, prefix: str) -> Recognised:
+    scale, notes = 0.18215, []
+    if "quantize.embedding.weight" in below(file.shapes, prefix):
+        scale = 1.0
+    elif "xl" in file.path.name.lower() or "xl" in file.metadata.get("modelspec.architecture", ""):
+        scale = FAMILIES["sdxl-base"].scale_factor
+    notes.append(f"the file does not tell the scale of its latents; {scale} is assumed (beside a model, the model's)")
+    node, place = autoencoder_part(file, prefix, scale)
+    found = Recognised(
+        path=file.path,
+        layout="compvis",
+        kind="autoencoder",
+        family="vae",
+        title="an autoencoder in CompVis' names",
+        config={"autoencoder": node},
+        places=(place,),
+        notes=tuple(notes),
+        files=(file,),
+    )
+    return compared(found)
+
+
+def _text(file: WeightFile, towers: list[Tower]) -> Recognised:
+    if len(towers) > 1:
+        raise ValueError(f"{file.path} holds {len(towers)} text encoders and no UNet; give a file with one")
+    tower = towers[0]
+    encoder = encoder_settings(tower)
+    node = families.sd2_text(encoder) if tower.layout == "open_clip" else families.sd1_text(encoder)
+    found = Recognised(
+        path=file.path,
+        layout=tower.layout,
+        kind="text",
+        family="clip",
+        title=f"a CLIP text encoder in {tower}",
+        config={"conditioner": node},
+        places=(text_place("conditioner.encoder", file, tower, encoder),),
+        files=(file,),
+    )
+    return compared(found)
+
+
+def compared(found: Recognised) -> Recognised:
+    """The same with every key that is missing, unexpected, mis-shaped or harmless."""
+    from dataclasses import replace
+
+    fits = [fit(place) for place in found.places]
+    used: dict[int, set[str]] = {id(file): set() for file in found.files}
+    for place, result in zip(found.places, fits, strict=True):
+        used[id(place.file)] |= result.used
+    rest = [(file, name) for file in found.files for name in file if name not in used[id(file)]]
+    raw = found.places and found.places[0].prefix == AVERAGED
+    harmless = [n for _, n in rest if HARMLESS.match(n) or (raw and n.startswith("model.diffusion_model."))]
+    kept = set(harmless)
+    return replace(
+        found,
+        missing=tuple(line for result in fits for line in result.missing),
+        misshaped=tuple(line for result in fits for line in result.misshaped),
+        unexpected=tuple(f"{name} {list(file[name].shape)}" for file, name in rest if name not in kept),
+        harmless=tuple(harmless),
+    )
