@@ -88,7 +88,7 @@ def theirs(path: Path, configs: Path, given: argparse.Namespace, dtype: torch.dt
         str(path), torch_dtype=dtype, config=str(configs), local_files_only=True
     ).to(given.device)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(sd_files.sd_cases.PNDM, clip_sample=False)
+    pipe.scheduler = DDIMScheduler.from_config(sd_files.sd_cases.PNDM)
     if last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)

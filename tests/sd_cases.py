@@ -24,7 +24,14 @@ NEGATIVE = "blurry, low quality"
 
 # The schedulers' configs as they are published beside the weights.
 TRAINED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-PNDM = {"_class_name": "PNDMScheduler", **TRAINED, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+PNDM = {
+    "_class_name": "PNDMScheduler",
+    **TRAINED,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
 DDIM_V = {
     "_class_name": "DDIMScheduler",
     **TRAINED,
