@@ -225,7 +225,7 @@ class TextConditioner(Conditioner):
 def emphasised(context: Tensor, weights: Tensor) -> Tensor:
     """States (B, L, C) times their tokens' weights (B, L), and each window scaled to the mean that it had.
 
-    AUTOMATIC1111's "Original" emphasis, but for the mean, which there is of the whole batch.
+    AUTOMATIC1111's "Original" emphasis; it encodes one text at a time.
     """
     weighted = context * weights[..., None].to(context.dtype)
     before, after = (states.float().mean(dim=(1, 2), keepdim=True) for states in (context, weighted))

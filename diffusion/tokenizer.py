@@ -91,7 +91,8 @@ class Tokenizer(ABC):
         more = f"\n  and {len(new) - len(names)} more" if len(new) > len(names) else ""
         last = "\n(later ones are not reported)" if len(self._reported) >= WARNINGS else ""
         warnings.warn(
-            f"captions longer than {self.room} tokens are cut off, the end is not seen:\n{cuts}{more}{last}",
+            f"captions longer than {self.room} tokens are cut off, the end is not seen (long_prompt=chunk reads it, "
+            f"too):\n{cuts}{more}{last}",
             stacklevel=3,
         )
 
