@@ -14,6 +14,7 @@ from .schedule import Level, Schedule
 
 PARAMETERIZATIONS = ("eps", "x0", "v", "mean")
 VARIANCES = ("posterior", "jump", "learned")
+LAWS = ("ddim", "sde")  # what eta means between 0 and 1, where they are the same
 # Names of the same things in DDPM's and guided-diffusion's code, accepted where a config names a variance.
 VARIANCE_ALIASES = {"fixed_small": "posterior", "fixed_large": "jump", "learned_range": "learned"}
 
@@ -101,19 +102,40 @@ class Prediction(NamedTuple):
         return cls.from_x0(x, mix(1 / first, mean, -second / first, x), at, var_frac)
 
 
+def q_step(x: Tensor, eps: Tensor, here: Level, there: Level) -> Tensor:
+    """Draw x_t ~ q(x_t | x_s) with the noise eps: add noise to x at `here` until it is at the noisier `there`."""
+    return mix(there.alpha / here.alpha, x, variances(there, here)[0] ** 0.5, eps)
+
+
+def fresh_variance(here: Level, there: Level, eta: float, law: str = "ddim") -> float | Tensor:
+    """Return how much of sigma_s^2 is new noise after the move here -> there.
+
+    law="ddim": eta^2 posterior (DDIM eq. 16, k-diffusion's ancestral step). law="sde": 1 - (rho_s / rho_t)^(2 eta) of
+    it, rho = sigma/alpha, as in the SDE form of DPM-Solver++ (2211.01095); eta = inf renews the noise entirely.
+    """
+    match law:
+        case "ddim":
+            return eta**2 * variances(here, there)[1]
+        case "sde":
+            ratio = here.alpha * there.sigma / (there.alpha * here.sigma)
+            return there.sigma**2 * (1 - ratio ** (2 * eta))
+    raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
+
+
 def transition(
-    p: Prediction, here: Level, there: Level, eta: float = 0.0, variance: str = "posterior"
+    p: Prediction, here: Level, there: Level, eta: float = 0.0, variance: str = "posterior", law: str = "ddim"
 ) -> tuple[Tensor, float | Tensor]:
     """Return mean and variance of the move here -> there. Every sampler ends in this function.
 
-    DDIM eq. 12 with sigma^2 = eta^2 posterior; eta = 1 is DDPM's posterior mean. `variance` replaces the variance and
-    not the mean.
+    DDIM eq. 12, whose sigma^2 is the `fresh_variance`; eta = 1 is DDPM's posterior mean. `variance` replaces the
+    variance and not the mean.
     """
     if eta == 0 and variance == "posterior":  # DDIM, and inversion, which may start at sigma = 0
         return mix(there.alpha, p.x0, there.sigma, p.eps), 0.0
-    jump, posterior = variances(here, there)
-    direction = _at_least(there.sigma**2 - eta**2 * posterior, 0.0) ** 0.5
-    return mix(there.alpha, p.x0, direction, p.eps), reverse_variance(variance, jump, eta**2 * posterior, p.var_frac)
+    fresh = fresh_variance(here, there, eta, law)
+    direction = _at_least(there.sigma**2 - fresh, 0.0) ** 0.5
+    var = reverse_variance(variance, variances(here, there)[0], fresh, p.var_frac)
+    return mix(there.alpha, p.x0, direction, p.eps), var
 
 
 def reverse_variance(
