@@ -185,8 +185,8 @@ def _quadratic(total: int, n: int) -> list[float]:
 
 def _beta_quantile(p: float) -> float:
     """Return x with P(X <= x) = p for X ~ Beta(BETA, BETA), by bisection."""
-    if p > 0.5:  # the distribution is symmetric, and the series is good on its left half only
-        return 1 - _beta_quantile(1 - p)
+    if p >= 0.5:  # the distribution is symmetric, and the series is good on its left half only
+        return 1 - _beta_quantile(1 - p) if p > 0.5 else 0.5
     low, high = 0.0, 0.5
     for _ in range(60):
         middle = (low + high) / 2

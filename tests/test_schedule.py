@@ -1,16 +1,13 @@
-"""Schedules against the papers' formulas, levels between timesteps, and every grid of every length."""
+"""Schedules against the papers' formulas, levels between timesteps and the way back."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.grids import SPACINGS
 from diffusion.schedule import (
     CLEAN,
     Level,
@@ -219,138 +216,47 @@ def test_changing_the_callers_betas_does_not_change_the_schedule():
     assert (schedule.betas == 0.1).all()
 
 
-# -- grids -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_whole_timestep_is_found_again_from_its_noise(name):
+    schedule = FAMILIES[name](997)
+    found = [schedule.time_of(schedule.noise_to_signal(t)) for t in range(997)]
+    assert found == list(range(997))
+    assert all(type(t) is int for t in found)
+    assert schedule.time_of(0.0) == CLEAN
 
 
-def any_schedule(total: int) -> Schedule:
-    return cosine(total)
+@pytest.mark.parametrize("schedule", [scaled_linear(), cosine(200), zero_terminal_snr(scaled_linear())])
+def test_fractions_go_to_noise_and_back(schedule):
+    for t in np.linspace(0, schedule.num_train_timesteps - 2, 333):
+        assert schedule.time_of(schedule.noise_to_signal(float(t))) == pytest.approx(t, abs=1e-8)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "quad"])
-@pytest.mark.parametrize("total", LENGTHS)
-def test_every_number_of_steps_gives_exactly_that_many_falling_timesteps(spacing, total):
-    schedule = any_schedule(total)
-    for n in range(1, total + 1):
-        grid = schedule.timesteps(n, spacing)
-        assert len(grid) == n + 1, n
-        assert grid[-1] == CLEAN
-        assert all(t > s for t, s in pairwise(grid)), n
-        assert grid[0] < total
-        if spacing in ("trailing", "linspace"):
-            assert grid[0] == total - 1, n
-        elif spacing == "leading":
-            assert grid[-2] == 0, n
-
-
-def ldm_uniform(total: int, n: int) -> list[int]:
-    return [t + 1 for t in range(0, total, total // n)]
-
-
-def ldm_quad(total: int, n: int) -> list[int]:
-    return (((np.linspace(0, np.sqrt(total * 0.8), n)) ** 2).astype(int) + 1).tolist()
-
-
-@pytest.mark.parametrize(("spacing", "peer"), [("ldm", ldm_uniform), ("ldm_quad", ldm_quad)])
-@pytest.mark.parametrize("total", LENGTHS)
-def test_ldm_grids_are_the_peers_for_every_number_of_steps(spacing, peer, total):
-    schedule = any_schedule(total)
-    for n in range(1, total + 1):
-        # Repeated steps do not move; the index beyond the last timestep is an error in the peer.
-        wanted = sorted({min(t, total - 1) for t in peer(total, n)})
-        assert list(schedule.timesteps(n, spacing)) == [*wanted[::-1], CLEAN], n
-
-
-@pytest.mark.parametrize("total", LENGTHS)
-def test_quad_is_ddims_where_ddims_has_no_repeats(total):
-    schedule = any_schedule(total)
-    for n in range(1, total + 1):
-        peer = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), n) ** 2]
-        if len(set(peer)) == n:
-            assert list(schedule.timesteps(n, "quad")[-2::-1]) == peer, n
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("total", LENGTHS)
-def test_grids_are_those_of_diffusers_wherever_it_gives_as_many_steps_as_asked(spacing, total):
-    schedule, peer = any_schedule(total), DDIMScheduler(total, timestep_spacing=spacing)
-    compared = 0
-    for n in range(1, total + 1):
-        if spacing == "linspace" and n == 1:
-            continue  # the peer's single step starts from clean data
-        peer.set_timesteps(n)
-        theirs = peer.timesteps.tolist()
-        if len(theirs) == n:  # its trailing grid has n + 1 entries, the last -1, where a float32 arange overshoots
-            assert list(schedule.timesteps(n, spacing)[:-1]) == theirs, n
-            compared += 1
-    assert compared >= 0.85 * (total - (spacing == "linspace"))
-
-
-def test_ends_and_offsets_of_a_grid():
+def test_time_is_linear_in_the_logarithm_of_noise():
     schedule = scaled_linear()
-    assert schedule.timesteps(4) == (999, 749, 499, 249, CLEAN)
-    assert schedule.timesteps(4, "leading", offset=1) == (751, 501, 251, 1, CLEAN)
-    assert schedule.timesteps(4, "leading", offset=1, final=0) == (751, 501, 251, 1, 0)
-    assert schedule.timesteps(4, "leading", final=0) == (750, 500, 250, 0)
-    assert schedule.timesteps(1, "linspace") == (999, CLEAN)
-    assert schedule.timesteps(1000, "quad")[0] == 999
+    sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt().numpy()
+    for noise in (0.03, 0.5, 1.0, 7.7, 14.6):
+        wanted = np.interp(np.log(noise), np.log(sigmas), np.arange(1000))
+        assert schedule.time_of(noise) == pytest.approx(wanted, abs=1e-9)
 
 
-@properties
-@given(st.integers(20, 500), st.lists(st.integers(1, 20), min_size=1, max_size=5))
-def test_section_strings_give_each_equal_part_its_count(total, counts):
-    text = ",".join(map(str, counts))
-    sizes = [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
-    if any(count > size for count, size in zip(counts, sizes, strict=True)):
-        with pytest.raises(ValueError, match="cannot give"):
-            any_schedule(total).timesteps(text)
-        return
-    rising = any_schedule(total).timesteps(text)[-2::-1]
-    edges = np.cumsum([0, *sizes])
-    inside = [sum(a <= t < b for t in rising) for a, b in pairwise(edges)]
-    assert inside == counts
-    assert all(s < t for s, t in pairwise(rising))
-    # A section of several steps has both its ends, one of a single step its first timestep.
-    assert all((rising[sum(counts[:i])] == a) for i, a in enumerate(edges[:-1]))
+def test_noise_outside_the_chain_is_its_nearest_end():
+    schedule = scaled_linear()
+    assert schedule.time_of(1e-9) == schedule.time_of(0.029) == 0
+    assert schedule.time_of(14.7) == schedule.time_of(math.inf) == 999
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        schedule.time_of(-1)
+    with pytest.raises(ValueError, match="at least 0, got nan"):
+        schedule.time_of(math.nan)
 
 
-@pytest.mark.parametrize("count", [3, 25, 50])
-def test_ddim_strings_are_the_smallest_integer_stride(count):
-    stride = next(i for i in range(1, 100) if math.ceil(100 / i) == count)
-    wanted = (*range((count - 1) * stride, -1, -stride), CLEAN)
-    assert any_schedule(100).timesteps(f"ddim{count}") == wanted
+def test_pure_noise_has_a_timestep_and_no_neighbourhood():
+    schedule = zero_terminal_snr(scaled_linear())
+    assert schedule.noise_to_signal(999) == math.inf
+    assert schedule.time_of(math.inf) == 999
+    assert schedule.time_of(schedule.noise_to_signal(998) * 2) == 998
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_steps", [0, -1, 1001, True, False, 2.5, None])
-def test_a_wrong_number_of_steps_is_named_with_the_allowed_range(num_steps):
-    with pytest.raises(ValueError, match=rf"num_steps must be 1\.\.1000.*got {num_steps!r}"):
-        linear().timesteps(num_steps)
-
-
-@pytest.mark.parametrize("text", ["", "ddim", "fast", "10,,20", "-5", "10, x", "0", "5,0"])
-def test_a_string_that_is_no_grid_shows_what_one_looks_like(text):
-    with pytest.raises(ValueError, match="'ddim25' or sections like '10,15,20'"):
-        linear().timesteps(text)
-
-
-def test_impossible_strings_say_why():
-    with pytest.raises(ValueError, match="no integer stride visits 999 of 1000"):
-        linear().timesteps("ddim999")
-    with pytest.raises(ValueError, match="section 2 has 500 timesteps, which cannot give 501"):
-        linear().timesteps("1,501")
-
-
-def test_an_unknown_spacing_names_the_known_ones():
-    with pytest.raises(ValueError, match=", ".join(SPACINGS)):
-        linear().timesteps(10, "uniform")
-
-
-@pytest.mark.parametrize(("n", "spacing", "offset"), [(10, "trailing", 1), (10, "leading", 100), (10, "leading", -1)])
-def test_an_offset_that_leaves_the_chain_says_where_it_went(n, spacing, offset):
-    with pytest.raises(ValueError, match=rf"offset {offset} moves the {spacing} grid .* outside 0\.\.999"):
-        linear().timesteps(n, spacing, offset=offset)
 
 
 @pytest.mark.parametrize("betas", [[], [0.1, 1.1], [-0.1], [math.nan], [0.1, math.nan, 0.2]])
