@@ -108,7 +108,9 @@ def choose_asked(
             if config.get("negative_prompt") is not None:
                 negative[entry] = choose_prompts("negative_prompt", config["negative_prompt"], count)
         elif entry == "sizes":
-            inputs[entry] = [choose_sizes(config, shape)] * count
+            inputs[entry] = [choose_sizes(conditioner, config, shape)] * count
+            if config.get("negative_prompt") is not None:
+                negative[entry] = [choose_sizes(conditioner, config, shape, negative=True)] * count
     return Asked(
         labels,
         inputs or None,
@@ -182,19 +184,20 @@ def _nearest(side: Any, unit: int) -> str:
     return f"the nearest that work: {' or '.join(str(near) for near in (below, below + unit) if near)}"
 
 
-def choose_sizes(config: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, ...]:
-    """Return what Stable Diffusion XL is told: original height and width, crop from the top and left, and the size."""
-    height, width = shape[-2:]
-    told = {"original_size": [height, width], "crop": [0, 0]}
-    for name, least in (("original_size", 1), ("crop", 0)):
+def choose_sizes(
+    conditioner: nn.Module, config: Mapping[str, Any], shape: Sequence[int], *, negative: bool = False
+) -> list[float]:
+    """Return what Stable Diffusion XL is told of a picture's sizes, by original_size and crop if they are asked for."""
+    told = {"crop": [0, 0], "original": list(shape[-2:])}
+    for name, key, least in (("original_size", "original", 1), ("crop", "crop", 0)):
         if (given := config.get(name)) is None:
             continue
         pair = list(given) if isinstance(given, list | tuple) else []
         if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) or x < least for x in pair):
             meaning = "[height, width]" if name == "original_size" else "[top, left]"
             raise ValueError(f"{name}={given} must be {meaning} in whole pixels from {least} on")
-        told[name] = pair
-    return (*told["original_size"], *told["crop"], height, width)
+        told[key] = pair
+    return conditioner.sizes_of(*shape[-2:], **told, negative=negative)
 
 
 def _source(model: LoadedModel, config: Mapping[str, Any], shape: Sequence[int]) -> Source | None:

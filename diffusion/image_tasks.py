@@ -5,7 +5,6 @@ known, noised, into every state (RePaint's forward half, arXiv 2201.09865), or a
 [x, mask, masked picture] (Stable Diffusion inpainting). InstructPix2Pix (arXiv 2211.09800) reads [x, picture].
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,7 +133,7 @@ def begun(
         rest = {"concat": concat}
     else:
         known, rest = encode(images), {}
-    kept = timesteps if source.strength is None else tail(timesteps, source.strength)
+    kept = tail(timesteps, source.strength)
     if task is None and masks is not None and kept:
         rest["project"] = blending(known, reduced(masks, noise.shape[-2:]), noise, level, kept)
     if source.strength is None:
@@ -142,23 +141,19 @@ def begun(
     return Begin(q_sample(known, noise, level(ends(kept)[0])) if kept else known, kept, **rest)
 
 
-def tail(timesteps: Sequence[Any], strength: float) -> Sequence[Any]:
-    """Return the last moves of a grid, of numbers or of (t, s) intervals: `strength` of them, rounded down.
+def tail(timesteps: Sequence[Any], strength: float | None) -> Sequence[Any]:
+    """Return the last moves of a grid, of numbers or of (t, s) intervals: `strength` of them, rounded down; None: all.
 
-    No moves at all are (): strength 0, or a strength below one step of the grid, which is a warning.
+    No moves at all are ().
     """
-    pairs = bool(timesteps) and isinstance(timesteps[0], tuple)
-    moves = len(timesteps) if pairs else len(timesteps) - 1
-    kept = min(int(moves * strength), moves)
-    if kept == 0:
-        if strength > 0:
-            warnings.warn(
-                f"strength={strength} of {moves} steps is less than one: the picture stays as it is; take more steps "
-                "or a greater strength",
-                stacklevel=2,
-            )
-        return ()
-    return timesteps[moves - kept :]
+    moves = count_moves(timesteps)
+    kept = moves if strength is None else min(int(moves * strength), moves)
+    return timesteps[moves - kept :] if kept else ()
+
+
+def count_moves(timesteps: Sequence[Any]) -> int:
+    """Return how many moves a grid has, of numbers or of (t, s) intervals."""
+    return len(timesteps) - (not isinstance(timesteps[0], tuple)) if timesteps else 0
 
 
 def ends(timesteps: Sequence[Any]) -> tuple[float, float]:

@@ -1,0 +1,184 @@
+"""What is left to decide when a model is loaded and sample.py's settings are read: all that can be wrong, found now.
+
+What is decided for the user is said on stderr.
+"""
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion.asked import Asked, check_count, choose_asked, choose_shape, classes_of
+from diffusion.checkpoint import LoadedModel
+from diffusion.devices import check_offload, choose_device, choose_dtype
+from diffusion.generate import sampler_for, whole
+from diffusion.guiding import guidance_for, say_guidance, with_classifier, with_two_scales
+from diffusion.image_tasks import STRENGTH, Source, count_moves, picture_task, tail
+from diffusion.probing import PARAMETERIZATIONS, answer_to_noise, likely
+from diffusion.process import GaussianDiffusion
+from diffusion.sampling import Sampler
+
+TEXT_OPTIONS = ("clip_skip", "long_prompt", "emphasis")
+LARGE, TILE = 128 * 128, 64  # latents of more pixels than that are decoded in tiles of that size: 1024x1024 for f8
+
+
+def is_published(model: LoadedModel) -> bool:
+    """Say whether these are published weights, or converted ones: those say what they are for."""
+    return "task" in model.facts
+
+
+def prepared(
+    model: LoadedModel,
+    sampler: Sampler,
+    guidance: Any,
+    config: Mapping[str, Any],
+    *,
+    device: torch.device | None = None,
+    silent: bool = False,
+) -> tuple[LoadedModel, dict[str, Any]]:
+    """Put a model on its device, and return it with what `generate.batches` is to be told of these settings.
+
+    `config` is sample.py's. Raises ValueError for all that cannot be, before the first step.
+    """
+    for name in ("num_samples", "batch_size", "pad_to", "tile"):
+        check_count(name, 1 if config[name] is None and name == "tile" else config[name])
+    check_offload(config.get("offload"))
+    device = choose_device(config["device"]) if device is None else device
+    dtype = choose_dtype(config["dtype"], device, published=is_published(model))
+    set_text_options(model.conditioner, config)
+    shape = choose_shape(model, config)
+    sampler_for(sampler, latents=model.autoencoder is not None)
+    sampler.timesteps(model.diffusion.schedule)
+    guidance = with_classifier(
+        guidance,
+        model.diffusion,
+        shape=shape,
+        num_classes=classes_of(model.net, model.conditioner),
+        autoencoder=model.autoencoder,
+        device=device,
+        dtype=dtype,
+        buildable=config["buildable"],
+    )
+    channels = shape[0] if model.autoencoder is None else model.autoencoder.latent_channels
+    task = picture_task(model.net, channels, model.conditioner)
+    guidance = with_two_scales(guidance, task, config.get("image_guidance_scale"))
+    asked = choose_asked(model, config, guidance, shape=shape)
+    conditional = classes_of(model.net, model.conditioner) is not None or asked.inputs is not None
+    place(model, device, dtype, offload=config.get("offload"))
+    said = {"given": config.get("parameterization"), "silent": silent}
+    model = with_parameterization(model, asked, device, dtype, offload=config.get("offload"), **said)
+    if not silent:
+        say_guidance(guidance, sampler, model.diffusion)
+        check_steps(sampler, model.diffusion, asked.source)
+        if asked.source is not None and config.get("strength") is None and asked.source.strength is not None:
+            print(f"strength={STRENGTH}, the part of the way back to noise that image= is sent", file=sys.stderr)
+    return model, {
+        **asked._asdict(),
+        "guidance": guidance_for(guidance, conditional=conditional, condition_drop=model.facts["condition_drop"]),
+        "conditioner": model.conditioner,
+        "autoencoder": model.autoencoder,
+        "device": device,
+        "dtype": dtype,
+        "batch_size": whole(config["batch_size"], config["pad_to"]),
+        "offload": config.get("offload"),
+        "tile": choose_tile(config["tile"], model.autoencoder, shape, silent=silent),
+        **{name: config[name] for name in ("num_samples", "seed", "pad_to")},
+    }
+
+
+def count_steps(sampler: Sampler, diffusion: GaussianDiffusion, source: Source | None) -> int:
+    """Return how many moves a sampler makes from such pictures, or from noise."""
+    return count_moves(tail(sampler.timesteps(diffusion.schedule), source and source.strength))
+
+
+def check_steps(sampler: Sampler, diffusion: GaussianDiffusion, source: Source | None) -> None:
+    """Warn where a strength above 0 is less than one step of the grid."""
+    if source is not None and source.strength and not count_steps(sampler, diffusion, source):
+        warnings.warn(
+            f"strength={source.strength} of {count_steps(sampler, diffusion, None)} steps is less than one: the "
+            "picture stays as it is; take more steps or a greater strength",
+            stacklevel=2,
+        )
+
+
+def place(model: LoadedModel, device: torch.device, dtype: torch.dtype, *, offload: str | None = None) -> None:
+    """Move a model's parts to the device, or, to be moved one by one later, to the CPU, in their precision.
+
+    Published weights are computed in half precision as such; networks of ours keep float32 weights, under autocast.
+    """
+    if dtype in (torch.bfloat16, torch.float16) and not is_published(model):
+        dtype = torch.float32
+    for module in (model.net, model.conditioner, model.autoencoder):
+        if module is not None:
+            module.to(device if offload is None else "cpu", dtype)
+
+
+def set_text_options(conditioner: nn.Module | None, config: Mapping[str, Any]) -> None:
+    """Set clip_skip, long_prompt and emphasis where they are asked for; ValueError for a model that reads no text."""
+    asked = {name: config[name] for name in TEXT_OPTIONS if config.get(name) not in (None, False)}
+    if not asked:
+        return
+    from diffusion.text_conditioning import text_parts
+
+    parts = [] if conditioner is None else text_parts(conditioner)
+    if not parts:
+        given = " ".join(f"{name}={value}" for name, value in asked.items())
+        raise ValueError(f"{given} is for models that read text through CLIP, and this is none; leave it out")
+    for part in parts:
+        for name, value in asked.items():
+            setattr(part, name, value)
+
+
+def choose_tile(tile: int | None, autoencoder: nn.Module | None, shape: Sequence[int], *, silent: bool) -> int | None:
+    """Return the tiles, in latent pixels, to decode in: those asked for, or some for images of more than `LARGE`."""
+    if tile is not None or autoencoder is None:
+        return tile
+    height, width = autoencoder.latent_shape(shape)[1:]
+    if height * width <= LARGE:
+        return None
+    if not silent:
+        print(
+            f"tile={TILE}: {shape[2]}x{shape[1]} is decoded in tiles; tile=100000 decodes it at once", file=sys.stderr
+        )
+    return TILE
+
+
+def with_parameterization(
+    model: LoadedModel,
+    asked: Asked,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    offload: str | None = None,
+    given: str | None = None,
+    silent: bool = False,
+) -> LoadedModel:
+    """Return the model with what its network predicts, if only the network itself can tell; warn where it contradicts.
+
+    Asks it once, about a small image of noise: for published weights that predict eps or v alone.
+    """
+    said = model.diffusion.parameterization
+    if not is_published(model) or said not in PARAMETERIZATIONS or getattr(model.net, "num_classes", None) is not None:
+        return model
+    found = answer_to_noise(model, asked, device, dtype, offload)
+    answer = likely(found)
+    recognised = getattr(model, "recognised", None)
+    if given is None and recognised is not None and recognised.parameterization is None:
+        if not silent:
+            print(
+                f"parameterization={answer}: the file does not say, so the network was asked (its answer to noise is "
+                f"{found:.2f} alike; 1 is eps, 0 is v)",
+                file=sys.stderr,
+            )
+        return replace(model, diffusion=replace(model.diffusion, parameterization=answer))
+    if answer != said and not silent:
+        warnings.warn(
+            f"this model is sampled as predicting {said}, but its network answers as one that predicts {answer} (its "
+            f"answer to noise is {found:.2f} alike; 1 is eps, 0 is v): try parameterization={answer}",
+            stacklevel=2,
+        )
+    return model
