@@ -1,4 +1,4 @@
-"""Captions as CLIP's tokens: padding, small vocabularies, what is cut off, and how little of open_clip that takes."""
+"""Tokens of CLIP and BERT: padding, small vocabularies, what is cut off, how little of open_clip is needed."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES
-from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer, _encoded
+from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer, WordPieceTokenizer, _encoded
 
 CAPTIONS = ["a red circle", "two blue squares"]
 
@@ -96,3 +96,77 @@ assert "ftfy" in sys.modules and not {"open_clip", "torchvision", "timm"} & set(
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- BERT's word pieces ----------------------------------------------------------------------------------------------
+
+WORDS = [*"abcdefghilnorstu12,.!?'-()$^\u4e2d", "cat", "dog", "red", "un", "able", "play", "on", "house", "the"]
+PIECES = [f"##{piece}" for piece in (*"abcdefghilnorstu12", "ing", "able", "house", "ed")]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """A file as BERT's: special tokens where they are in its 30,522, then words and pieces."""
+    tokens = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return path
+
+
+TEXTS = [
+    "a red cat, on the house!",
+    "",
+    "  Un-playable\tDOGHOUSE\nplaying  ",
+    "Caf\u00e9 \u00fcn\u0131c\u00f6d\u00e9 Z\u00fcrich",
+    "\u4e2d\u56fd cat\u4e2dcat",
+    "$1^2 (dog)?",
+    "cat\u200bcat \u2014 \u201cdog\u201d \x07 \ufffd",
+    "[SEP] in [MASK] and [UNKNOWN] [sep]",
+    "x" * 101 + " dog",
+    "dog" * 40,
+    "the cat " * 60,
+]
+
+
+def test_word_pieces_are_transformers(vocabulary):
+    from transformers import BertTokenizer
+
+    theirs = BertTokenizer(vocab=str(vocabulary))
+    expected = theirs(TEXTS, truncation=True, max_length=77, padding="max_length", return_tensors="pt")["input_ids"]
+    with pytest.warns(UserWarning, match="cut off"):
+        ours = WordPieceTokenizer(vocabulary=vocabulary)(TEXTS)
+    for text, one, other in zip(TEXTS, ours, expected, strict=True):
+        assert torch.equal(one, other), (text, theirs.convert_ids_to_tokens(one), theirs.convert_ids_to_tokens(other))
+    assert torch.equal(WordPieceTokenizer().empty, expected[1])  # without a vocabulary
+    folder = WordPieceTokenizer(vocabulary=vocabulary.parent)
+    assert torch.equal(folder(TEXTS[:1]), ours[:1])
+
+
+def test_word_pieces_lost_are_whole_words(vocabulary):
+    tokenizer = WordPieceTokenizer(6, vocabulary=vocabulary)
+    assert tokenizer.lost("The red cat, playing on") == "playing on"
+    assert tokenizer.lost("red cat playing") == ""
+    with pytest.warns(UserWarning, match=r"(?s)longer than 4 tokens.*'The red cat, playing on' loses 'playing on'"):
+        tokenizer(["The red cat, playing on"])
+
+
+def test_a_vocabulary_that_is_none_is_refused(tmp_path, vocabulary):
+    words = vocabulary.read_text(encoding="utf-8").split("\n")
+    (tmp_path / "short.txt").write_text("\n".join(words[1:]))
+    (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "large.txt").write_bytes(b"a\n" * 2**24)
+    for given, message in (
+        (None, "word pieces of BERT's vocabulary.*tokenizer=FILE"),
+        (tmp_path / "nowhere.txt", "nowhere.txt is no vocabulary; tokenizer=FILE is a text file"),
+        (tmp_path, "vocab.txt is no vocabulary"),
+        (tmp_path / "short.txt", r"not the vocabulary that the model was trained with: \[PAD\] is None, \[UNK\] is 99"),
+        (tmp_path / "model.bin", "model.bin is no text"),
+        (tmp_path / "large.txt", "large.txt is no vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WordPieceTokenizer(vocabulary=given)(["a cat"])
+    tokenizer = WordPieceTokenizer()
+    tokenizer.vocabulary = vocabulary  # may be given later
+    assert tokenizer(["cat"])[0, 1] == words.index("cat")
+    with pytest.raises(ValueError, match="max_length=2 leaves no room"):
+        WordPieceTokenizer(2)
