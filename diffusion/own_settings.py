@@ -1,4 +1,4 @@
-"""Which settings does a published model bring along, where the user says nothing: its sampler, its scale?"""
+"""Which sampler and which guidance scale does a published model bring along, where the user names none?"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,6 @@ from typing import Any
 
 from diffusion.checkpoint import LoadedModel
 from diffusion.cli import composed
-
-# Images of 512x512 and more are asked for one by one; those of a batch of one depend on nothing else.
-ONE_BY_ONE = {"batch_size": 1, "pad_to": 1}
 
 
 def with_own_settings(
@@ -19,21 +16,15 @@ def with_own_settings(
     `typed` are the `name=value` words of the command line, which win; sampler.num_steps=20 changes that one value of
     the model's own sampler. Nothing changes for models that bring nothing, as those of train.py.
     """
-    if "task" not in model.facts:
-        return dict(config)
     said = {word.partition("=")[0].lstrip("+~") for word in typed}
-    found: dict[str, Any] = {name: value for name, value in ONE_BY_ONE.items() if name not in said}
-    if "num_samples" not in said:
-        lists = [value for value in (config["prompt"], config["labels"]) if isinstance(value, list | tuple)]
-        found["num_samples"] = max(map(len, lists), default=1)
-    told = [f"{name}={value}" for name, value in found.items()]
+    found, told = {}, []
     if "sampler" not in said and (name := model.facts.get("sampler")):
         found["sampler"] = sampler_node(name, [word for word in typed if word.startswith("sampler.")])
-        told.insert(0, f"sampler={name}")
+        told.append(f"sampler={name}")
     scale = model.facts.get("guidance_scale")
     if scale is not None and not {"guidance", "guidance.guidance_scale"} & said:
         found["guidance"] = {**config["guidance"], "guidance_scale": float(scale)}
-        told.insert(0, f"guidance.guidance_scale={scale:g}")
+        told.append(f"guidance.guidance_scale={scale:g}")
     if told and not silent:
         print(f"this model's own settings: {' '.join(told)}", file=sys.stderr)
     return {**config, **found}
