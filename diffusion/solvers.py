@@ -69,7 +69,11 @@ class Solver:
             allowed = f"one of {', '.join(map(str, self.orders))}" if self.orders else f"{self.order}, its only one"
             raise ValueError(f"the order of solver {self.name} must be {allowed}, got {order}")
         gain = order - inspect.signature(self.belief).parameters["order"].default
-        return replace(self, belief=partial(self.belief, order=order), order=self.order + gain)
+        return replace(self.having(order=order), order=self.order + gain)
+
+    def having(self, **options) -> "Solver":
+        """Return the same solver with other options of its belief, such as kind="heun"."""
+        return replace(self, belief=partial(self.belief, **options))
 
     def __call__(
         self, denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History, **known
