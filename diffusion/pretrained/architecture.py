@@ -3,7 +3,7 @@
 Widths, depths, attention and channels are read block by block; head counts, which shapes do not tell, are the caller's.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 

@@ -261,6 +261,28 @@ def _sized(texts: list[dict], *, zero_null: bool, aesthetic: bool) -> dict[str, 
     }
 
 
+BERT = {
+    "vocab_size": 30522,
+    "channels": 1280,
+    "num_layers": 32,
+    "num_heads": 8,
+    "head_channels": 64,
+    "max_length": 77,
+    "hidden_channels": 5120,
+    "qkv_bias": False,
+    "activation": "gelu",
+    "causal": False,
+}
+
+
+def bert_text(encoder: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Latent diffusion's text-to-image model reads the last state of its own encoder, whose words are a file apart."""
+    encoder = encoder or {"_target_": TEXT_TARGET, **BERT}
+    length = encoder["max_length"]
+    tokenizer = {"_target_": "diffusion.tokenizer.WordPieceTokenizer", "max_length": length, "vocabulary": None}
+    return text_node(encoder, pad="zero", tokenizer=tokenizer)
+
+
 def class_node(num_classes: int, channels: int) -> dict[str, Any]:
     """The config node of latent diffusion's class embedding."""
     return {

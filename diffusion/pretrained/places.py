@@ -3,8 +3,9 @@
 Only data: `recognise` fills it in, loading, converting and the report of `inspect` read it.
 """
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from diffusion.models.vq import VQAutoencoder
 from diffusion.pretrained.keymap import KeyMap, Rule
 from diffusion.pretrained.weight_files import WeightFile
 
+AVERAGED = "model_ema.diffusion_model"  # then the names without their dots
+HARMLESS = re.compile(
+    r"^((sqrt_|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_(one_minus|recip|recipm1)_alphas_cumprod|betas"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|v_pred|ztsnr"
+    r"|denoiser\.(log_)?sigmas|(first_stage_model\.)?(model_ema|loss)\..*|embedding_manager\..*"
+    r"|cond_stage_model\.(logit_scale|text_projection|mapper\..*|final_ln\..*)"
+    r"|(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask)|(.*\.)?(visual|vision_model)\..*"
+    r"|(optimizer|lr_scheduler|callbacks)\..*|epoch|global_step)$"
+)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -86,6 +96,25 @@ def fit(place: Place) -> Fit:
         elif place.file[name].shape != shape:
             misshaped.append(f"{name} {list(place.file[name].shape)}, expected {list(shape)}")
     return Fit(tuple(missing), tuple(misshaped), frozenset(names))
+
+
+def compared(found: Recognised) -> Recognised:
+    """The same with every key that is missing, unexpected, mis-shaped or harmless."""
+    fits = [fit(place) for place in found.places]
+    used: dict[int, set[str]] = {id(file): set() for file in found.files}
+    for place, result in zip(found.places, fits, strict=True):
+        used[id(place.file)] |= result.used
+    rest = [(file, name) for file in found.files for name in file if name not in used[id(file)]]
+    raw = found.places and found.places[0].prefix == AVERAGED
+    harmless = [n for _, n in rest if HARMLESS.match(n) or (raw and n.startswith("model.diffusion_model."))]
+    kept = set(harmless)
+    return replace(
+        found,
+        missing=tuple(line for result in fits for line in result.missing),
+        misshaped=tuple(line for result in fits for line in result.misshaped),
+        unexpected=tuple(f"{name} {list(file[name].shape)}" for file, name in rest if name not in kept),
+        harmless=tuple(harmless),
+    )
 
 
 def table_in_names(template: nn.Module, rules: Iterable[Rule], names: Mapping[str, str]) -> KeyMap:

@@ -3,7 +3,6 @@
 The parts are found by the names that they all have below whatever prefix, and their sizes are read from shapes.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from diffusion.pretrained import architecture, compvis_autoencoder, families, gu
 from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
 from diffusion.pretrained.keymap import KeyMap, Rule, Transform
 from diffusion.pretrained.other_files import recognise_other
-from diffusion.pretrained.places import Place, Recognised, Shapes, fit, table_in_names, template
+from diffusion.pretrained.places import AVERAGED, Place, Recognised, Shapes, compared, table_in_names, template
 from diffusion.pretrained.prediction import read_parameterization, read_schedule
 from diffusion.pretrained.text_files import Tower
 from diffusion.pretrained.text_places import encoder_settings, text_conditioner, text_parts, text_place, towers_of
@@ -23,15 +22,6 @@ from diffusion.pretrained.weight_files import WeightFile
 UNET = "input_blocks.0.0.weight"
 CODER = "encoder.down.0.block.0.conv1.weight"
 CLASSES = "cond_stage_model.embedding.weight"
-AVERAGED = "model_ema.diffusion_model"  # then the names without their dots
-HARMLESS = re.compile(
-    r"^((sqrt_|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_(one_minus|recip|recipm1)_alphas_cumprod|betas"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|v_pred|ztsnr"
-    r"|denoiser\.(log_)?sigmas|(first_stage_model\.)?(model_ema|loss)\..*|embedding_manager\..*"
-    r"|cond_stage_model\.(logit_scale|text_projection|mapper\..*|final_ln\..*)"
-    r"|(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask)|(.*\.)?(visual|vision_model)\..*"
-    r"|(optimizer|lr_scheduler|callbacks)\..*|epoch|global_step)$"
-)
 ADDED_ROW = Transform(lambda rows: nn.functional.pad(rows, (0, 0, 0, 1)), lambda rows: (rows[:-1],))
 
 
@@ -300,24 +290,3 @@ def _text(file: WeightFile, towers: list[Tower]) -> Recognised:
         files=(file,),
     )
     return compared(found)
-
-
-def compared(found: Recognised) -> Recognised:
-    """The same with every key that is missing, unexpected, mis-shaped or harmless."""
-    from dataclasses import replace
-
-    fits = [fit(place) for place in found.places]
-    used: dict[int, set[str]] = {id(file): set() for file in found.files}
-    for place, result in zip(found.places, fits, strict=True):
-        used[id(place.file)] |= result.used
-    rest = [(file, name) for file in found.files for name in file if name not in used[id(file)]]
-    raw = found.places and found.places[0].prefix == AVERAGED
-    harmless = [n for _, n in rest if HARMLESS.match(n) or (raw and n.startswith("model.diffusion_model."))]
-    kept = set(harmless)
-    return replace(
-        found,
-        missing=tuple(line for result in fits for line in result.missing),
-        misshaped=tuple(line for result in fits for line in result.misshaped),
-        unexpected=tuple(f"{name} {list(file[name].shape)}" for file, name in rest if name not in kept),
-        harmless=tuple(harmless),
-    )

@@ -1,0 +1,71 @@
+"""What does diffusers' scheduler_config.json say about the process that a network was trained for?
+
+Betas, what is predicted and zero terminal SNR are the model's; spacing and the like are how its author samples.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffusion.pretrained import families
+from diffusion.pretrained.families import Family
+from diffusion.pretrained.weight_files import read_json
+
+NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+VARIANCES = {"learned": "learned", "learned_range": "learned", "fixed_large": "jump", "fixed_large_log": "jump"}
+SAMPLERS = {  # scheduler class -> our sampler's config
+    "DDIMScheduler": "diffusers_ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "diffusers_deis",
+    "DPMSolverMultistepScheduler": "diffusers_dpmpp_2m",
+    "EulerAncestralDiscreteScheduler": "diffusers_euler_ancestral",
+    "EulerDiscreteScheduler": "diffusers_euler",
+    "HeunDiscreteScheduler": "diffusers_heun",
+    "KDPM2AncestralDiscreteScheduler": "dpm2_ancestral",
+    "KDPM2DiscreteScheduler": "diffusers_dpm2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "diffusers_lms",
+    "PNDMScheduler": "diffusers_pndm",
+    "UniPCMultistepScheduler": "diffusers_unipc",
+}
+
+
+def read_scheduler(folder: Path, family: Family, notes: list[str]) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+    """The process' config node, what is predicted (None: not known), and the scheduler's config as it is."""
+    path = folder / "scheduler_config.json"
+    if not path.is_file():
+        notes.append(f"there is no {folder.name}/scheduler_config.json; {family.title}'s own schedule is assumed")
+        return (
+            families.diffusion_node(families.scaled_linear(family.betas), family.parameterization),
+            (family.parameterization),
+            {},
+        )
+    config = read_json(path)
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in NAMES:
+        raise ValueError(f"{path} says prediction_type={kind!r}, which is none of {', '.join(NAMES)}")
+    schedule = schedule_node(path, config)
+    if config.get("rescale_betas_zero_snr"):
+        if NAMES[kind] == "eps":
+            notes.append("rescale_betas_zero_snr is not applied: a network that predicts eps cannot start from it")
+        else:
+            schedule = {"_target_": "diffusion.schedule.zero_terminal_snr", "schedule": schedule}
+    variance = VARIANCES.get(config.get("variance_type") or "")
+    return families.diffusion_node(schedule, NAMES[kind], variance), NAMES[kind], config
+
+
+def schedule_node(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The schedule's config node; diffusers' defaults stand for what the file leaves out."""
+    if betas := config.get("trained_betas"):
+        return {"_target_": "diffusion.schedule.Schedule", "betas": list(betas)}
+    steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+    if kind == "scaled_linear":
+        return families.scaled_linear(ends, steps)
+    if kind == "linear":
+        node = families.scaled_linear(ends, steps)
+        return node | {"_target_": "diffusion.schedule.linear", "reference_steps": None}
+    if kind == "squaredcos_cap_v2":
+        return {"_target_": "diffusion.schedule.cosine", "num_train_timesteps": steps}
+    raise ValueError(
+        f"{path} says beta_schedule={kind!r}, which is none of scaled_linear, linear, squaredcos_cap_v2, trained_betas"
+    )
