@@ -7,13 +7,18 @@
     uv run sample.py sampler=ddpm guidance=none
     uv run sample.py checkpoint=FILE labels=[3,7] guidance=classifier guidance.classifier_checkpoint=FILE
     uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
+    uv run sample.py checkpoint=FILE prompts=FILE.txt                # one prompt a line
+    uv run sample.py from=IMAGE.png                                  # the same image again, from what it says of itself
+    uv run sample.py from=IMAGE.png seed=5 sampler.num_steps=50      # or another one; also images of A1111 and ComfyUI
+    uv run sample.py from=IMAGE.png verify=true                      # is it the same? the exit status says
     uv run sample.py out_dir=outputs/many num_samples=50000 devices=8   # on 8 GPUs; stopped, the same command goes on
     uv run torchrun --nproc-per-node=8 sample.py out_dir=outputs/many num_samples=50000          # or so, or with srun
     uv run sample.py num_samples=500 metrics=[fid,kid,precision,recall] reference=digits features=pixels
     uv run sample.py samples=FOLDER_OR_NPZ metrics=[fid] reference=FOLDER_OR_NPZ    # measures, and draws nothing
 
 out_dir gets grid.png, samples.npz (arr_0 uint8 images NHWC, arr_1 int64 labels), images/000000.png ..., each of which
-says in its PNG text how it was made, config.yaml and, with metrics=, metrics.json.
+says in its PNG text how it was made (as JSON, and as the `parameters` that A1111 writes), config.yaml and, with
+metrics=, metrics.json.
 """
 
 from pathlib import Path
@@ -21,45 +26,66 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from diffusion.cli import command
+from diffusion.cli import command, typed_words
 
 if TYPE_CHECKING:
     from diffusion.processes import Team
+
+TEXTS = ("prompt", "negative_prompt", "prompts", "from", "image", "mask")
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """Put the settings that from=PICTURE stands for in front of the words that were typed."""
+    if not any(word.lstrip("+").startswith("from=") for word in arguments):
+        return arguments
+    from diffusion.from_picture import with_picture
+
+    return with_picture(arguments)
 
 
 def draw(config: dict[str, Any], team: "Team") -> Path:
     """Load, build, sample and write, as one of the processes that share the work; return the folder."""
     from hydra.utils import instantiate
 
+    from diffusion.asked import choose_shape
     from diffusion.checkpoint import load_model
     from diffusion.evaluation.command import check_wanted
+    from diffusion.own_settings import with_own_settings
     from diffusion.sample_folder import sample_to_folder
+    from diffusion.sample_settings import files_given, with_counts
 
+    model = load_model(config["checkpoint"], buildable=config["buildable"], **files_given(config))
+    config = with_own_settings(config, model, config.pop("typed"), silent=team.rank > 0)
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
-    model = load_model(config["checkpoint"], buildable=config["buildable"], autoencoder=config["autoencoder"])
+    config = with_counts(config, choose_shape(model, config))
     if team.rank == 0:
         check_wanted(config, model)  # what is wrong with metrics= is found before drawing
     return sample_to_folder(model, sampler, guidance, config, team)
 
 
-@command("sample", __doc__, folder="out_dir", texts=("prompt", "negative_prompt"))
+@command("sample", __doc__, folder="out_dir", texts=TEXTS, expand=spelled_out)
 def main(cfg: DictConfig) -> None:
     """Sample in as many processes as there are, and measure in one."""
     from omegaconf import OmegaConf
 
     from diffusion.evaluation.command import RESULT, measure, needs_samples
     from diffusion.processes import together
+    from diffusion.sample_settings import with_counts, with_prompts
+    from diffusion.verify import check_verify, verified
 
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = with_prompts(OmegaConf.to_container(cfg, resolve=True))
+    check_verify(config)
     images = config["samples"]
     if needs_samples(config):
-        images = together(draw, config, devices=config["devices"])
+        images = together(draw, {**config, "typed": typed_words()}, devices=config["devices"])
         if images is None:  # another process goes on
             return
         print(images)
         (images / RESULT).unlink(missing_ok=True)  # of samples that were there before
     if config["metrics"] or config["samples"]:
-        print(measure(config, images))
+        print(measure(with_counts(config), images))
+    if config["verify"]:
+        raise SystemExit(verified(config["from"], images))
 
 
 if __name__ == "__main__":

@@ -33,14 +33,20 @@ FLAGS_HELP = """\
 
 
 def command(
-    config_name: str, description: str, *, folder: str, texts: tuple[str, ...] = ()
+    config_name: str,
+    description: str,
+    *,
+    folder: str,
+    texts: tuple[str, ...] = (),
+    expand: Callable[[list[str]], list[str]] = list,
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make a function of the composed config into a command: `@command("train", __doc__, folder="run_dir")`.
 
     `--help` prints `description` and every group with its options. A mistake on the command line, or a ValueError or
     OSError of the run, ends it with one line on stderr and exit status 2. In a sweep (`-m`) each job gets its own
     folder, named after its overrides, inside the one that the key `folder` names. Keys in `texts` take the rest of
-    their word as it is: prompt="a dog, running" needs no quotes inside the shell's.
+    their word as it is: prompt="a dog, running" needs no quotes inside the shell's. `expand` may put words in front of
+    those that were typed.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
@@ -51,8 +57,13 @@ def command(
                 print(help_text(config_name, description))
                 return
             _refuse_unknown_flags(arguments)
-            sys.argv[1:] = [quoted(argument, texts) for argument in arguments]
-            _run_hydra(main, config_name, folder)
+            try:
+                words = expand(arguments)
+            except (ValueError, OSError) as error:
+                stop_together(str(error))
+            ahead = words[: len(words) - len(arguments)]
+            sys.argv[1:] = [*ahead, *(quoted(argument, texts) for argument in arguments)]
+            _run_hydra(main, config_name, folder, ahead)
 
         return run
 
@@ -74,7 +85,7 @@ def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
     return f'{key}="{escaped}"'
 
 
-def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> None:
+def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead: Sequence[str]) -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -90,7 +101,8 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str) -> No
 
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         if sweeping:
-            cfg[folder] = str(Path(cfg[folder]) / sweep_folder(HydraConfig.get().overrides.task, folder))
+            typed = [override for override in HydraConfig.get().overrides.task if override not in ahead]
+            cfg[folder] = str(Path(cfg[folder]) / sweep_folder(typed, folder))
         typed_wrong = True
         try:
             check_complete(cfg)
@@ -181,6 +193,13 @@ def explain(error: BaseException) -> str:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = " ".join(text.partition("full_key:")[0].partition("Config search path:")[0].split())
     return where + text
+
+
+def typed_words() -> list[str]:
+    """Return the `name=value` words that the running job was given, those of `expand` included."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
 
 
 def check_complete(cfg: Any) -> None:

@@ -1,9 +1,10 @@
 """How is a file written so that a kill or a full disk half way leaves the file that was there before?"""
 
 import errno
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,3 +83,23 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a path under a file, a name too long
         return False
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(paths: Sequence[str | Path]) -> str:
+    """Return one SHA-256 of several files, and of all that lies in folders among them."""
+    found = hashlib.sha256()
+    for path in (Path(path).expanduser() for path in paths):
+        below = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found.update("".join(file_hash(file) for file in below if file.is_file()).encode())
+    return found.hexdigest()
+
+
+def path_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file, or the one of all files in a folder."""
+    return files_hash([path]) if Path(path).is_dir() else file_hash(path)

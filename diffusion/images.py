@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from diffusion.checkpoint import atomic_write
+from diffusion import parameters
+from diffusion.files import atomic_write
+from diffusion.picture_text import TEXT_KEY
 
-TEXT_KEY = "diffusion"  # the PNG text entry that holds the JSON of how an image was made
 GAP = 2  # pixels between the cells of a grid
 LINE = 14  # pixels for a line of captions
 LINES = 4  # at most, in one caption
@@ -115,14 +116,35 @@ def label_layout(
     return None, names
 
 
-def save_png(image: np.ndarray | Image.Image, path: str | Path, text: dict[str, Any] | None = None) -> None:
-    """Write a PNG; `text` is stored in it as JSON under the key "diffusion" (`read_text` reads it back)."""
+def save_png(
+    image: np.ndarray | Image.Image, path: str | Path, text: dict[str, Any] | None = None, *, also: str | None = None
+) -> None:
+    """Write a PNG; `text` is stored in it as JSON under the key "diffusion" (`read_text` reads it back).
+
+    `also` is a text for others to read: what A1111 would say, under the key "parameters".
+    """
     info = PngInfo()
+    if also is not None:
+        info.add_text(parameters.KEY, also)
     if text is not None:
-        info.add_text(TEXT_KEY, json.dumps(text))
+        info.add_text(TEXT_KEY, strict_json(text))
     picture = to_pil(image) if isinstance(image, np.ndarray) else image
     with atomic_write(path, durable=False) as partial:
         picture.save(partial, format="PNG", pnginfo=info)
+
+
+def strict_json(content: Any) -> str:
+    """Return JSON with infinity as 1e999, which every reader takes for it; Python's own `Infinity` is no JSON."""
+    mark = "\0inf"
+
+    def marked(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: marked(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [marked(child) for child in node]
+        return mark if node == math.inf else node
+
+    return json.dumps(marked(content)).replace(json.dumps(mark), "1e999")
 
 
 def read_text(path: str | Path) -> dict[str, Any]:

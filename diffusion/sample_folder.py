@@ -4,7 +4,7 @@ Behind sample.py; the samples themselves come from diffusion/generate.py.
 """
 
 import contextlib
-import hashlib
+import functools
 import shlex
 import sys
 import warnings
@@ -17,25 +17,17 @@ import torch
 import yaml
 
 from diffusion.checkpoint import LoadedModel, atomic_write, git_commit, package_version
-from diffusion.generate import (
-    Batch,
-    batches,
-    check_count,
-    choose_asked,
-    choose_device,
-    choose_dtype,
-    classes_of,
-    guidance_for,
-    sampler_for,
-    say_guidance,
-    whole,
-    with_classifier,
-)
-from diffusion.images import grid, label_layout, save_npz, save_png, to_uint8
+from diffusion.files import file_hash, files_hash, path_hash
+from diffusion.generate import Batch, batches, choose_device, whole
+from diffusion.images import grid, label_layout, read_text, save_npz, save_png, to_uint8
+from diffusion.parameters import written
+from diffusion.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, parameters_of, picture_texts
+from diffusion.prepare import prepared
 from diffusion.processes import Stopped, Team
 from diffusion.progress import WorkBar
 from diffusion.sample_parts import Parts
 from diffusion.sampling import Sampler
+from diffusion.verify import unlike
 
 GRID = 100  # pictures in grid.png, at most
 # What may differ between the batches of one run: the same command with another version of the code, or a moved file.
@@ -56,12 +48,15 @@ def sample_to_folder(
     with warnings.catch_warnings():
         if not team.first:
             warnings.simplefilter("ignore")  # the first process says it for all
-        settings = checked(model, sampler, guidance, config, team)
-    channels, height, width = model.facts["shape"]
+        device = device_of(config["device"], team)
+        model, settings = prepared(model, sampler, guidance, config, device=device, silent=not team.first)
+        say_idle(config, team)
+    channels, height, width = settings["shape"]
     parts = Parts(out_dir, num_samples, settings["batch_size"], (height, width, channels))
-    made_by = team.share(lambda: {**provenance(model, config), "device": settings["device"].type})
+    made_by = team.share(lambda: made_of(model, config, settings))
     begun = team.share(lambda: _begin(parts, made_by, config))
     parts.hold()
+    own = owned(settings, config)
     steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
     try:
         with _counting(team, steps, num_samples, begun) as on_step:
@@ -69,7 +64,7 @@ def sample_to_folder(
             for batch in batches(model.net, model.diffusion, sampler, **settings, numbers=numbers, on_step=on_step):
                 first, images = batch.seeds[0] - config["seed"], to_uint8(batch.images)
                 if config["save_images"]:
-                    save_pictures(batch, images, out_dir / "images", made_by, first=first)
+                    save_pictures(batch, images, out_dir / "images", made_by, own, first=first)
                 parts.save(first, images)
         team.share(lambda: _finish(parts, settings, model.facts["class_names"], made_by))
     except torch.OutOfMemoryError as error:
@@ -83,33 +78,8 @@ def sample_to_folder(
     return out_dir
 
 
-def checked(
-    model: LoadedModel, sampler: Sampler, guidance: Any, config: Mapping[str, Any], team: Team
-) -> dict[str, Any]:
-    """Put the model on its device, and return what `batches` is to be told. Raises ValueError for what cannot be."""
-    for name in ("num_samples", "batch_size", "pad_to", "tile"):
-        check_count(name, 1 if config[name] is None and name == "tile" else config[name])
-    device, dtype = device_of(config["device"], team), choose_dtype(config["dtype"])
-    guidance = with_classifier(
-        guidance,
-        model.diffusion,
-        shape=model.facts["shape"],
-        num_classes=classes_of(model.net, model.conditioner),
-        autoencoder=model.autoencoder,
-        device=device,
-        dtype=dtype,
-        buildable=config["buildable"],
-    )
-    asked = choose_asked(model, config, guidance)
-    for module in (model.net, model.conditioner, model.autoencoder):
-        if module is not None:
-            module.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    conditional = classes_of(model.net, model.conditioner) is not None or asked.inputs is not None
-    known = {"conditional": conditional, "condition_drop": model.facts["condition_drop"]}
-    sampler_for(sampler, latents=model.autoencoder is not None)
-    sampler.timesteps(model.diffusion.schedule)
-    if team.first:
-        say_guidance(guidance, sampler, model.diffusion)
+def say_idle(config: Mapping[str, Any], team: Team) -> None:
+    """Warn where some processes of a team get nothing to do."""
     batch = whole(config["batch_size"], config["pad_to"])
     if (count := -(-config["num_samples"] // batch)) < team.size:
         warnings.warn(
@@ -117,17 +87,6 @@ def checked(
             f"of at most {-(-config['num_samples'] // team.size)}",
             stacklevel=1,
         )
-    return {
-        **asked._asdict(),
-        "guidance": guidance_for(guidance, **known),
-        "shape": model.facts["shape"],
-        "conditioner": model.conditioner,
-        "autoencoder": model.autoencoder,
-        "device": device,
-        "dtype": dtype,
-        "batch_size": batch,
-        **{name: config[name] for name in ("num_samples", "seed", "pad_to", "tile")},
-    }
 
 
 def device_of(name: str, team: Team) -> torch.device:
@@ -184,56 +143,98 @@ def _finish(
 def _same_command(out_dir: Path) -> str:
     """Return what to type to go on. A default out_dir has the time in it, so the folder must be named."""
     sweeping = {"-m", "--multirun"} & set(sys.argv)
-    words = [word for word in sys.argv if not word.startswith("out_dir=")]
+    spelled_out = next((i for i, word in enumerate(sys.argv) if word.startswith(f"++{FROM}=")), 0)
+    words = [word for word in [sys.argv[0], *sys.argv[spelled_out + 1 :]] if not word.startswith("out_dir=")]
     return shlex.join([*words, f"out_dir={out_dir.parent if sweeping else out_dir}"])
 
 
-def save_pictures(batch: Batch, images: np.ndarray, folder: Path, made_by: Mapping[str, Any], *, first: int) -> None:
-    """Write a batch as 000000.png, ... from `first` on, each with its own seed, label and prompt in its text."""
-    prompts = (batch.inputs or {}).get("caption")
+def save_pictures(
+    batch: Batch, images: np.ndarray, folder: Path, made_by: Mapping[str, Any], own: Callable[[int], Mapping[str, Any]],
+    *, first: int,
+) -> None:  # fmt: skip
+    """Write a batch as 000000.png, ... from `first` on; `own(i)` is what the text of sample i says of it alone."""
     for i, image in enumerate(images):
-        own = {"seed": batch.seeds[i], "label": None if batch.labels is None else batch.labels[i]}
-        own |= {} if prompts is None else {"prompt": prompts[i]}
-        save_png(image, folder / f"{first + i:06d}.png", {**own, **made_by})
+        label = None if batch.labels is None else batch.labels[i]
+        made = {"seed": batch.seeds[i], "label": label, **made_by, **own(first + i)}
+        also = written(parameters_of(made, image.shape[:2]))
+        save_png(image, folder / f"{first + i:06d}.png", made, also=also)
+
+
+def owned(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:
+    """Return what sample i alone is made from, of settings that list one for each sample or are lists that repeat."""
+    columns = {}
+    for name, entries in (("prompt", settings["inputs"]), ("negative_prompt", settings["negative"])):
+        if (entries or {}).get("caption") is not None:
+            columns[name] = entries["caption"]
+    for name in ("condition_image", "image", "mask"):
+        given = config.get(name)
+        if given is None or (isinstance(given, str) and is_picture(given)):
+            continue
+        if isinstance(given, list) and all(map(is_picture, given)):
+            columns[name] = given
+        else:
+            columns["number"] = range(config["num_samples"])  # a file of many images: which one
+    hashes = functools.cache(lambda path: files_hash([path]))
+
+    def own(i: int) -> dict[str, Any]:
+        found = {name: values[i % len(values)] for name, values in columns.items()}
+        return found | {f"{name}_sha256": hashes(found[name]) for name in PICTURES if name in found}
+
+    return own
+
+
+def made_of(model: LoadedModel, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `provenance` with what was decided for the user, and say what differs from the picture of from=PICTURE."""
+    made_by = provenance(model, config) | decided(model, config, settings)
+    picture = config.get(FROM) and Path(config[FROM]).expanduser()
+    if picture and TEXT_KEY in picture_texts(picture) and (different := unlike(read_text(picture), made_by)):
+        print(f"from={picture}: {', '.join(different)}", file=sys.stderr)
+    return made_by
+
+
+def decided(model: LoadedModel, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that say "auto", null or nothing, as they are in effect."""
+    found = {"device": settings["device"].type, "dtype": str(settings["dtype"]).removeprefix("torch.")}
+    found |= {name: settings[name] for name in ("pad_to", "tile")}
+    if getattr(model, "recognised", None) is not None:
+        found["parameterization"] = model.diffusion.parameterization
+    if (source := settings["source"]) is not None:
+        found |= {"strength": source.strength, "height": settings["shape"][1], "width": settings["shape"][2]}
+    if hasattr(settings["guidance"], "image_guidance_scale"):
+        found["image_guidance_scale"] = settings["guidance"].image_guidance_scale
+    return {name: value for name, value in found.items() if value is not None or name == "tile"}
+
+
+def listed(given: Any) -> list[Any]:
+    """Return one value, or several, as a list."""
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def is_picture(path: str) -> bool:
+    """Tell a picture from files of many images."""
+    return not path.endswith(".npz") and not Path(path).expanduser().is_dir()
 
 
 def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that makes a sample what it is, but its own seed, label and prompt."""
-    settings = ("negative_prompt", "condition_image", "condition_noise")
-    asked = {name: config[name] for name in settings if config.get(name) is not None}
-    parts = {f"{name}_sha256": part["sha256"] for name, part in model.parts.items()}
+    asked = {name: config[name] for name in SETTINGS if config.get(name) is not None}
+    asked |= {} if config.get("weights", "auto") == "auto" else {"weights_asked": config["weights"]}
+    parts = {f"{name}_sha256": part["sha256"] for name, part in model.parts.items() if part["sha256"]}
     if classifier := config["guidance"].get("classifier_checkpoint"):
         parts["classifier_sha256"] = file_hash(classifier)
-    if (images := config.get("condition_image")) is not None:
-        parts["condition_image_sha256"] = files_hash([images] if isinstance(images, str) else images)
+    for name in FILES:
+        if (given := config.get(name)) is not None and f"{name}_sha256" not in parts:
+            alone = isinstance(given, str)
+            parts[f"{name}_sha256"] = path_hash(given) if alone and name not in PICTURES else files_hash(listed(given))
     return {
         **asked,
         **parts,
         "checkpoint": str(model.path),
-        "checkpoint_sha256": file_hash(model.path),
+        "checkpoint_sha256": path_hash(model.path),
         "weights": model.weights,
         "step": model.step,
-        "sampler": config["sampler"],
-        "guidance": config["guidance"],
-        "dtype": config["dtype"],
-        "pad_to": config["pad_to"],
-        "tile": config["tile"],
+        **{name: config[name] for name in GROUPS},
         "package_version": package_version(),
         "git_commit": git_commit(),
         "torch_version": str(torch.__version__),
     }
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_hash(paths: Sequence[str]) -> str:
-    """Return one SHA-256 of several files, and of all that lies in folders among them."""
-    found = hashlib.sha256()
-    for path in (Path(path).expanduser() for path in paths):
-        below = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found.update("".join(file_hash(file) for file in below if file.is_file()).encode())
-    return found.hexdigest()
