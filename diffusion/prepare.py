@@ -3,16 +3,17 @@
 What is decided for the user is said on stderr.
 """
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffusion.asked import Asked, check_count, choose_asked, choose_shape, classes_of
+from diffusion.asked import check_count, choose_asked, choose_shape, classes_of
 from diffusion.checkpoint import LoadedModel
 from diffusion.devices import check_offload, choose_device, choose_dtype
 from diffusion.generate import sampler_for, whole
@@ -21,6 +22,7 @@ from diffusion.image_tasks import STRENGTH, Source, count_moves, picture_task, t
 from diffusion.probing import PARAMETERIZATIONS, answer_to_noise, likely
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
+from diffusion.text_conditioning import text_parts
 
 TEXT_OPTIONS = ("clip_skip", "long_prompt", "emphasis")
 LARGE, TILE = 128 * 128, 64  # latents of more pixels than that are decoded in tiles of that size: 1024x1024 for f8
@@ -39,10 +41,12 @@ def prepared(
     *,
     device: torch.device | None = None,
     silent: bool = False,
+    ask_network: bool = True,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """Put a model on its device, and return it with what `generate.batches` is to be told of these settings.
 
-    `config` is sample.py's. Raises ValueError for all that cannot be, before the first step.
+    `config` is sample.py's. `ask_network` asks published weights what they predict, see `with_parameterization`. Raises
+    ValueError for all that cannot be, before the first step.
     """
     for name in ("num_samples", "batch_size", "pad_to", "tile"):
         check_count(name, 1 if config[name] is None and name == "tile" else config[name])
@@ -69,8 +73,9 @@ def prepared(
     asked = choose_asked(model, config, guidance, shape=shape)
     conditional = classes_of(model.net, model.conditioner) is not None or asked.inputs is not None
     place(model, device, dtype, offload=config.get("offload"))
-    said = {"given": config.get("parameterization"), "silent": silent}
-    model = with_parameterization(model, asked, device, dtype, offload=config.get("offload"), **said)
+    if ask_network:
+        said = {"given": config.get("parameterization"), "silent": silent}
+        model = with_parameterization(model, device, dtype, offload=config.get("offload"), **said)
     if not silent:
         say_guidance(guidance, sampler, model.diffusion)
         check_steps(sampler, model.diffusion, asked.source)
@@ -117,19 +122,30 @@ def place(model: LoadedModel, device: torch.device, dtype: torch.dtype, *, offlo
             module.to(device if offload is None else "cpu", dtype)
 
 
+def _text_parts(conditioner: nn.Module | None) -> list[nn.Module]:
+    return [] if conditioner is None else text_parts(conditioner)
+
+
 def set_text_options(conditioner: nn.Module | None, config: Mapping[str, Any]) -> None:
     """Set clip_skip, long_prompt and emphasis where they are asked for; ValueError for a model that reads no text."""
     asked = {name: config[name] for name in TEXT_OPTIONS if config.get(name) not in (None, False)}
-    if not asked:
-        return
-    from diffusion.text_conditioning import text_parts
-
-    parts = [] if conditioner is None else text_parts(conditioner)
-    if not parts:
+    parts = _text_parts(conditioner)
+    if asked and not parts:
         given = " ".join(f"{name}={value}" for name, value in asked.items())
         raise ValueError(f"{given} is for models that read text through CLIP, and this is none; leave it out")
     for part in parts:
         for name, value in asked.items():
+            setattr(part, name, value)
+
+
+@contextlib.contextmanager
+def text_options_kept(conditioner: nn.Module | None) -> Iterator[None]:
+    """Put a conditioner's text options back in the end."""
+    before = [(part, name, getattr(part, name)) for part in _text_parts(conditioner) for name in TEXT_OPTIONS]
+    try:
+        yield
+    finally:
+        for part, name, value in before:
             setattr(part, name, value)
 
 
@@ -149,7 +165,6 @@ def choose_tile(tile: int | None, autoencoder: nn.Module | None, shape: Sequence
 
 def with_parameterization(
     model: LoadedModel,
-    asked: Asked,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -164,7 +179,7 @@ def with_parameterization(
     said = model.diffusion.parameterization
     if not is_published(model) or said not in PARAMETERIZATIONS or getattr(model.net, "num_classes", None) is not None:
         return model
-    found = answer_to_noise(model, asked, device, dtype, offload)
+    found = answer_to_noise(model, device, dtype, offload)
     answer = likely(found)
     recognised = getattr(model, "recognised", None)
     if given is None and recognised is not None and recognised.parameterization is None:
