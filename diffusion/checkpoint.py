@@ -73,6 +73,8 @@ BUILDABLE: frozenset[str] = frozenset(
         "diffusion.models.text.TextTransformer",
         "diffusion.models.vision.PatchEncoder",
         "diffusion.conditioning.TextConditioner",
+        "diffusion.text_conditioning.TextConditioner",
+        "diffusion.text_conditioning.XLConditioner",
         "diffusion.text_conditioning.XLConditioner",
         "diffusion.tokenizer.WordPieceTokenizer",
         "diffusion.conditioning.ClassConditioner",
@@ -334,15 +336,16 @@ def assign_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Those are its convolutions, in channels_last. Raises RuntimeError for names or shapes that are not the module's.
     """
     templates = module.state_dict()
-    ordered = {key: _ordered(tensor, templates[key]) if key in templates else tensor for key, tensor in state.items()}
-    module.load_state_dict(ordered, strict=True, assign=True)
+    state = {key: ordered(tensor, templates[key]) if key in templates else tensor for key, tensor in state.items()}
+    module.load_state_dict(state, strict=True, assign=True)
     for owner in module.modules():
         for key, buffer in owner.named_buffers(recurse=False):
             if buffer.is_meta and not buffer.numel():  # empty ones, which no file holds
                 setattr(owner, key, torch.empty_like(buffer, device="cpu"))
 
 
-def _ordered(tensor: Tensor, like: Tensor) -> Tensor:
+def ordered(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in `like`'s order of memory, itself if it has that."""
     if tensor.shape != like.shape or tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

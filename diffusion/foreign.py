@@ -6,7 +6,7 @@
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import LoadedModel, assign_weights, build, build_empty
+from diffusion.checkpoint import LoadedModel, assign_weights, build, build_empty, ordered
 from diffusion.model_file import Part, git_commit, package_version
+from diffusion.pretrained.keymap import SAME, Rule
 from diffusion.pretrained.recognise import Place, Recognised, recognise
 
 USES = {  # what a file of each kind is given as, where a whole model is asked for
@@ -234,18 +235,24 @@ def fill(
     for place in places:
         name, _, inside = place.part.partition(".")
         if name in modules:
-            state = {ours: tensor.to(device, _type(tensor, dtype)) for ours, tensor in read_place(place)}
-            assign_weights(modules[name].get_submodule(inside), state)
+            module = modules[name].get_submodule(inside)
+            templates = module.state_dict()
+            state = {}
+            for rule in place.table.rules:
+                like = templates[rule.ours]
+                changes = rule.transform is not SAME or not like.is_contiguous() or dtype is not None
+                tensor = read_ours(place, rule, own=changes).to(device)
+                state[rule.ours] = ordered(tensor.to(_type(tensor, dtype)), like)
+            assign_weights(module, state)
     for name, module in modules.items():
         empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         assert not empty, f"no place in the file for {name}.{empty[0]} and {len(empty) - 1} more"
         module.to(device).eval()
 
 
-def read_place(place: Place) -> Iterable[tuple[str, Tensor]]:
-    """The tensors of one place under our names, one at a time."""
-    for rule in place.table.rules:
-        yield rule.ours, rule.transform.load(*(place.file.read(place.prefix + name) for name in rule.foreign))
+def read_ours(place: Place, rule: Rule, *, own: bool = False) -> Tensor:
+    """One of our tensors from its place; `own` as of `WeightFile.read`."""
+    return rule.transform.load(*(place.file.read(place.prefix + name, own=own) for name in rule.foreign))
 
 
 def _type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

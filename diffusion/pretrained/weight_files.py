@@ -55,7 +55,7 @@ class WeightFile(Mapping[str, Entry]):
         self,
         path: Path,
         entries: Mapping[str, Entry],
-        read: Callable[[str], Tensor],
+        read: Callable[[str, bool], Tensor],
         *,
         metadata: Mapping[str, str] | None = None,
         extras: tuple[str, ...] = (),
@@ -79,10 +79,14 @@ class WeightFile(Mapping[str, Entry]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
 
-    def read(self, name: str) -> Tensor:
-        """The tensor on the CPU in its own type: the file's mapped memory, which is read when first touched."""
+    def read(self, name: str, *, own: bool = False) -> Tensor:
+        """The tensor on the CPU in its own type: the file's mapped memory, which is read when first touched.
+
+        own: in a mapping of its own where the container allows it, whose memory goes with the tensor: for what is
+        copied or written on at once.
+        """
         self._entries[name]  # KeyError for an unknown name
-        return self._read(name)
+        return self._read(name, own)
 
 
 class TorchFile(WeightFile):
@@ -121,7 +125,7 @@ def open_weights(path: str | Path, *, variant: str | None = None) -> WeightFile:
 
         state, metadata, extras = read_torch_file(path)
         entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-        return TorchFile(path, entries, state.__getitem__, metadata=metadata, extras=extras)
+        return TorchFile(path, entries, lambda name, _: state[name], metadata=metadata, extras=extras)
     raise ValueError(f"{path} is no file of weights: {_looks_like(start, path)}")
 
 
@@ -167,13 +171,18 @@ def _open_safetensors(path: Path) -> WeightFile:
     _check_extent(path, places, size - start)
     mapped: list[torch.UntypedStorage] = []
 
-    def read(name: str) -> Tensor:
+    def mapping(own: bool) -> torch.UntypedStorage:
+        if own:
+            return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        if not mapped:
+            mapped.append(torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size))
+        return mapped[0]
+
+    def read(name: str, own: bool) -> Tensor:
         entry, begin, end = places[name]
         if begin == end:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        if not mapped:
-            mapped.append(torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size))
-        data = torch.empty(0, dtype=torch.uint8).set_(mapped[0], start + begin, (end - begin,))
+        data = torch.empty(0, dtype=torch.uint8).set_(mapping(own), start + begin, (end - begin,))
         if (start + begin) % entry.dtype.itemsize:
             data = data.clone()  # no type can be laid over an odd address
         return data.view(entry.dtype).view(entry.shape)
@@ -266,7 +275,7 @@ def _open_shards(path: Path) -> Shards:
     entries = {name: files[file][name] for name, file in names.items()}
     first = next(iter(files.values()), None)
     metadata = {} if first is None else first.metadata
-    return Shards(path, entries, lambda name: files[names[name]].read(name), metadata=metadata)
+    return Shards(path, entries, lambda name, own: files[names[name]].read(name, own=own), metadata=metadata)
 
 
 def _read_index(path: Path) -> dict[str, str]:
