@@ -69,13 +69,14 @@ class Conditioner(nn.Module, ABC):
         return next(chain(self.parameters(), self.buffers())).device
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> Prepared:
-        """`prepare` of this conditioner's entry; ValueError where the batch lacks it."""
-        if self.entry not in batch:
-            raise ValueError(
-                f"this model is conditioned on `{self.entry}`, but the data give only {', '.join(batch)}; "
-                "choose data that have it, or another conditioner"
-            )
-        return self.prepare(batch[self.entry])
+        """`prepare` of this conditioner's entries; ValueError where the batch lacks one."""
+        for entry in self.entries:
+            if entry not in batch:
+                raise ValueError(
+                    f"this model is conditioned on `{entry}`, but the data give only {', '.join(batch)}; "
+                    "choose data that have it, or another conditioner"
+                )
+        return self.prepare(*(batch[entry] for entry in self.entries))
 
     def augmented(self, prepared: Prepared, draws: torch.Generator) -> Prepared:
         """What training shows of `prepared`: noise of a level in `train_noise`, or by default none, is on it."""

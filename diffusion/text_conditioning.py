@@ -4,7 +4,7 @@ Through one text transformer (Stable Diffusion 1 and 2, latent diffusion), or th
 Captions become token ids in windows of the tokenizer's length, which `encode` reads one by one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ class TextConditioner(Conditioner):
         condition = {"context": like.new_zeros((*ids.shape, self.provides["context"]))}
         if self.pooled:
             condition["vector"] = like.new_zeros((len(ids), self.provides["vector"]))
-        return condition | self._seen(ids, None)
+        return condition | self._seen(ids, torch.ones_like(ids, dtype=torch.bool) if self.masked else None)
 
     def _encode(self, ids: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
         length = min(ids.shape[1], self.tokenizer.max_length)
@@ -322,14 +322,6 @@ class XLConditioner(Conditioner):
                 f"{last}), got {shown(sizes)} for {len(texts[0])} captions"
             )
         return JointInput((*texts, sizes.expand(len(texts[0]), -1)))
-
-    def prepare_batch(self, batch: Mapping[str, Any]) -> JointInput:
-        if missing := [name for name in self.entries if name not in batch]:
-            raise ValueError(
-                f"this model is conditioned on {' and '.join(f'`{name}`' for name in missing)}, but the data give only "
-                f"{', '.join(batch)}; choose data that have it, or another conditioner"
-            )
-        return self.prepare(batch["caption"], batch["sizes"])
 
     def null_like(self, prepared: JointInput) -> JointInput:
         *texts, sizes = prepared.parts

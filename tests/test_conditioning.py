@@ -16,6 +16,7 @@ from diffusion.conditioning import (
     JointConditioner,
     LowResolutionConditioner,
     TextConditioner,
+    XLConditioner,
 )
 from diffusion.models.text import TextTransformer
 from diffusion.models.vision import PatchEncoder
@@ -47,11 +48,19 @@ def image_tokens() -> ImageConditioner:
     return ImageConditioner(PatchEncoder(16, 16, patch_size=8))
 
 
-BATCH = {"image": images(), "caption": CAPTIONS, "label": torch.tensor([3, 0])}
+def xl() -> XLConditioner:
+    texts = text(), text(encoder={"projection_channels": 10}, pooled=True, pad="zero")
+    return XLConditioner(texts, size_channels=4)
+
+
+BATCH = {"image": images(), "caption": CAPTIONS, "label": torch.tensor([3, 0]), "sizes": [[16, 8, 0, 0, 16, 8]] * 2}
 KINDS = {
     "text": text,
     "text, trained from scratch": lambda: text(encoder={"causal": False}, masked=True, pad="zero"),
     "text, pooled": lambda: text(encoder={"projection_channels": 10}, pooled=True, layer="penultimate"),
+    "text, weighed, in windows": lambda: text(emphasis=True, long_prompt="chunk", max_length=4, masked=True),
+    "text, null is zeros": lambda: text(zero_null=True, encoder={"projection_channels": 10}, pooled=True, masked=True),
+    "xl": xl,
     "class": lambda: ClassConditioner(5, 16),
     "image": image_tokens,
     "low resolution": lambda: LowResolutionConditioner(16, 4),
