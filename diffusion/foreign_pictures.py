@@ -78,7 +78,9 @@ def from_parameters(parameters: Parameters) -> Found:
     found.model, found.model_hash, found.vae = fields.get("Model"), fields.get("Model hash"), fields.get("VAE")
     if found.vae in ("None", "Automatic"):
         found.vae = None
-    read_prompts(found, parameters.prompt, parameters.negative_prompt, weigh=fields.get("Emphasis") not in ("None",))
+    read_prompts(found, parameters.prompt, parameters.negative_prompt, weigh=fields.get("Emphasis") != "None")
+    if fields.get("Emphasis") not in (None, "None", "Original"):
+        found.notes.append(f"Emphasis: {fields['Emphasis']}")
     idle = [*SETTINGS, *READ] if not two_passes else [*(set(SETTINGS) - {"Denoising strength"}), *READ]
     found.notes += [f"{name}: {value}" for name, value in fields.items() if name not in idle]
     found.notes.append(f"its starting noise ({rng_of(fields.get('RNG'))})")
@@ -96,7 +98,7 @@ def read_prompts(found: Found, prompt: str, negative_prompt: str, *, weigh: bool
     for text in (prompt, negative_prompt):
         if tags := TAG.findall(text):
             found.notes.append(" ".join(tags))
-        texts.append(re.sub(r"[ ,]*,\s*$", "", TAG.sub("", text)).strip() if tags else text)
+        texts.append(TAG.sub("", text))
     found.settings["prompt"] = texts[0]
     if texts[1]:
         found.settings["negative_prompt"] = texts[1]
