@@ -75,7 +75,10 @@ def prepared(
     place(model, device, dtype, offload=config.get("offload"))
     if ask_network:
         said = {"given": config.get("parameterization"), "silent": silent}
-        model = with_parameterization(model, device, dtype, offload=config.get("offload"), **said)
+        found = with_parameterization(model, device, dtype, offload=config.get("offload"), **said)
+        if found.facts["shape"] != model.facts["shape"]:  # what a network predicts tells its images' size, too
+            return prepared(found, sampler, guidance, config, device=device, silent=silent, ask_network=False)
+        model = found
     if not silent:
         say_guidance(guidance, sampler, model.diffusion)
         check_steps(sampler, model.diffusion, asked.source)
@@ -180,20 +183,27 @@ def with_parameterization(
     if not is_published(model) or said not in PARAMETERIZATIONS or getattr(model.net, "num_classes", None) is not None:
         return model
     found = answer_to_noise(model, device, dtype, offload)
-    answer = likely(found)
+    answer, how = likely(found), f"its answer to noise is {found:.2f} alike; 1 is eps, 0 is v"
     recognised = getattr(model, "recognised", None)
-    if given is None and recognised is not None and recognised.parameterization is None:
-        if not silent:
+    if recognised is not None and recognised.parameterization is None:
+        said = answer if given is None else given
+        if given is None and not silent:
             print(
-                f"parameterization={answer}: the file does not say, so the network was asked (its answer to noise is "
-                f"{found:.2f} alike; 1 is eps, 0 is v)",
-                file=sys.stderr,
+                f"parameterization={answer}: the file does not say, so the network was asked ({how})", file=sys.stderr
             )
-        return replace(model, diffusion=replace(model.diffusion, parameterization=answer))
+        model = as_predicting(model, said)
     if answer != said and not silent:
         warnings.warn(
-            f"this model is sampled as predicting {said}, but its network answers as one that predicts {answer} (its "
-            f"answer to noise is {found:.2f} alike; 1 is eps, 0 is v): try parameterization={answer}",
+            f"this model is sampled as predicting {said}, but its network answers as one that predicts {answer} "
+            f"({how}): try parameterization={answer}",
             stacklevel=2,
         )
     return model
+
+
+def as_predicting(model: LoadedModel, parameterization: str) -> LoadedModel:
+    """Return the model with another parameterization, and with the size of images that goes with it, if any does."""
+    size = model.facts.get("image_size_by_parameterization", {}).get(parameterization)
+    shape = model.facts["shape"] if size is None else [model.facts["shape"][0], size, size]
+    diffusion = replace(model.diffusion, parameterization=parameterization)
+    return replace(model, diffusion=diffusion, facts={**model.facts, "shape": shape})
