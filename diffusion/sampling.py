@@ -193,7 +193,7 @@ def sample(
 class Sampler:
     """A way to sample, as a value: grid, solver, stochasticity, and what is done to the believed x0.
 
-    `solver` and `order` say how (`SOLVERS`; None: the solver's own order). `eta`: how much noise is renewed; None is
+    `solver`, `order` and `kind` say how (`SOLVERS`; None: the solver's own). `eta`: how much noise is renewed; None is
     the solver's own; with the Euler solver 0 is DDIM, 1 is DDPM. `s_noise` multiplies that noise; `s_churn`, `s_tmin`
     and `s_tmax` as in `sample`. `noise`: "fresh" for every move, or "brownian": moves of one path a seed, so that a
     picture changes less with the number of steps. `variance` None takes the model's own (learned included) with the
@@ -218,6 +218,7 @@ class Sampler:
     rho: float | None = None
     discard_penultimate: bool = False
     order: int | None = None
+    kind: str | None = None
     noise: str = "fresh"
     s_noise: float = 1.0
     s_churn: float = 0.0
@@ -244,9 +245,9 @@ class Sampler:
 
     @property
     def method(self) -> Solver:
-        """The solver itself, where `solver` names it, at the order wanted."""
+        """The solver itself, where `solver` names it, of the order and kind wanted."""
         solver = find_solver(self.solver)
-        return solver if self.order is None else solver.of_order(self.order)
+        return solver if self.order is None and self.kind is None else solver.having(self.order, self.kind)
 
     @property
     def shifts_mean(self) -> bool:

@@ -9,7 +9,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from itertools import pairwise
 
@@ -36,10 +36,11 @@ class Solver:
 
     name: str
     belief: Callable[..., Prediction]
-    order: int | None = None  # of convergence at eta = 0; None: not known
+    order: int | None = None  # of convergence, without noise; None: not known
     evaluations: int = 1  # of the network, a step
     text: str = ""
-    orders: tuple[int, ...] = ()  # to choose from
+    orders: Mapping[int, int] = field(default_factory=dict, hash=False)  # to choose from, and how they converge
+    kinds: tuple[str, ...] = ()  # to choose from
     takes_eta: bool = True
     takes_churn: bool = True
     eta: float = 0.0  # unless told otherwise
@@ -63,17 +64,14 @@ class Solver:
         if not (s_noise >= 0 and s_churn >= 0):
             raise ValueError(f"s_noise and s_churn must be at least 0, got {s_noise} and {s_churn}")
 
-    def of_order(self, order: int) -> "Solver":
-        """Return the same solver at another of its orders."""
-        if order not in self.orders:
-            allowed = f"one of {', '.join(map(str, self.orders))}" if self.orders else f"{self.order}, its only one"
-            raise ValueError(f"the order of solver {self.name} must be {allowed}, got {order}")
-        gain = order - inspect.signature(self.belief).parameters["order"].default
-        return replace(self.having(order=order), order=self.order + gain)
-
-    def having(self, **options) -> "Solver":
-        """Return the same solver with other options of its belief, such as kind="heun"."""
-        return replace(self, belief=partial(self.belief, **options))
+    def having(self, order: int | None = None, kind: str | None = None, **options) -> "Solver":
+        """Return the same solver at another of its orders, of another kind, or with other options of its belief."""
+        for name, value, allowed in (("order", order, self.orders), ("kind", kind, self.kinds)):
+            if value is not None and value not in allowed:
+                choices = f"must be one of {', '.join(map(str, allowed))}" if allowed else "cannot be chosen"
+                raise ValueError(f"the {name} of solver {self.name} {choices}, got {value}")
+        told = options | {k: v for k, v in (("order", order), ("kind", kind)) if v is not None}
+        return replace(self, belief=partial(self.belief, **told), order=self.orders.get(order, self.order))
 
     def __call__(
         self, denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History, **known
@@ -403,6 +401,8 @@ def _unipc_weights(ratios: list[float], h: float, scale: float) -> list[float]:
 
 _ODE = {"takes_eta": False, "takes_churn": False}
 _SDE = {"takes_churn": False, "eta": 1.0}
+_SECOND, _THIRD = ("midpoint", "heun"), ("heun", "exact")
+_2M = partial(dpmpp_multistep, order=2)
 _3M = partial(dpmpp_multistep, order=3, kind="heun")
 _BUILT_IN = (
     Solver("euler", euler, 1, 1, "the last answer: DDIM; with eta=1 DDPM and Euler ancestral"),
@@ -410,17 +410,17 @@ _BUILT_IN = (
     Solver("dpm2", dpm2, 2, 2, "eps of the middle: DPM-Solver-2; with eta=1 DPM2 ancestral"),
     Solver("dpm3", dpm3, 3, 3, "DPM-Solver-3: what DPM fast is made of", takes_eta=False),
     Solver("dpmpp_2s", dpmpp_2s, 2, 2, "x0 of the middle: DPM-Solver++(2S); with eta=1 its ancestral form"),
-    Solver("lms", lms, 4, 1, "eps a polynomial in sigma/alpha: K-LMS", orders=(1, 2, 3, 4), **_ODE),
-    Solver("plms", plms, 4, 1, "eps by Adams-Bashforth: Stable Diffusion's PLMS", orders=(1, 2, 3, 4), **_ODE),
-    Solver("pndm", pndm, 4, 1, "PLMS after three Runge-Kutta steps (of four evaluations)", **_ODE),
-    Solver("deis", deis, 3, 1, "eps a polynomial in log(sigma/alpha)", orders=(1, 2, 3, 4), **_ODE),
-    Solver("dpmpp_2m", dpmpp_multistep, 2, 1, "x0 extrapolated: DPM-Solver++(2M)", **_ODE),
-    Solver("dpmpp_3m", _3M, 2, 1, "x0 extrapolated from three answers: DPM-Solver++(3M)", **_ODE),
-    Solver("unipc", unipc, 3, 1, "x0 extrapolated, then corrected: UniPC", orders=(1, 2, 3), **_ODE),
+    Solver("lms", lms, 4, 1, "eps a polynomial in sigma/alpha: K-LMS", {1: 1, 2: 2, 3: 3, 4: 4}, **_ODE),
+    Solver("plms", plms, 2, 1, "eps by Adams-Bashforth: Stable Diffusion's PLMS", {1: 1, 2: 2, 3: 2, 4: 2}, **_ODE),
+    Solver("pndm", pndm, 2, 1, "PLMS after three Runge-Kutta steps (of four evaluations)", **_ODE),
+    Solver("deis", deis, 3, 1, "eps a polynomial in log(sigma/alpha)", {1: 1, 2: 2, 3: 3, 4: 4}, **_ODE),
+    Solver("dpmpp_2m", dpmpp_multistep, 2, 1, "x0 extrapolated: DPM-Solver++(2M)", kinds=_SECOND, **_ODE),
+    Solver("dpmpp_3m", _3M, 2, 1, "x0 extrapolated from three answers: DPM-Solver++(3M)", kinds=_THIRD, **_ODE),
+    Solver("unipc", unipc, 3, 1, "x0 extrapolated, then corrected", {1: 2, 2: 3, 3: 4}, ("bh1", "bh2"), **_ODE),
     Solver("dpmpp_sde", dpmpp_sde, 2, 2, "x0 of the middle, with noise: DPM-Solver++ SDE", **_SDE),
-    Solver("dpmpp_2m_sde", partial(dpmpp_multistep), 2, 1, "DPM-Solver++(2M) with noise", law="sde", **_SDE),
-    Solver("dpmpp_3m_sde", partial(_3M), 2, 1, "DPM-Solver++(3M) with noise", law="sde", **_SDE),
-    Solver("lcm", lcm, 1, 1, "x0 of a consistency model, all noise drawn anew", **_ODE, eta=math.inf, law="sde"),
+    Solver("dpmpp_2m_sde", _2M, 2, 1, "DPM-Solver++(2M) with noise", kinds=_SECOND, law="sde", **_SDE),
+    Solver("dpmpp_3m_sde", partial(_3M), 2, 1, "DPM-Solver++(3M) with noise", kinds=_THIRD, law="sde", **_SDE),
+    Solver("lcm", lcm, None, 1, "x0 of a consistency model, all noise drawn anew", **_ODE, eta=math.inf, law="sde"),
 )
 SOLVERS: Mapping[str, Solver] = {solver.name: solver for solver in _BUILT_IN}
 _BY_BELIEF = {solver.belief: solver for solver in _BUILT_IN}

@@ -73,13 +73,9 @@ def denoiser(posterior_mean: Callable[[Tensor, float], Tensor], level: Levels):
 def solver_of(run: dict) -> tuple[Solver, dict]:
     name, eta = PEERS[run["function"]]
     kwargs = {"eta": eta} | run["kwargs"]
-    solver = SOLVERS[name]
-    if "order" in kwargs:
-        solver = solver.of_order(kwargs.pop("order"))
-    for option, ours in (("solver_type", "kind"), ("r", "r")):
-        if option in kwargs:
-            solver = solver.having(**{ours: kwargs.pop(option)})
-    return solver, kwargs
+    named = {"order": "order", "solver_type": "kind", "r": "r"}
+    told = {ours: kwargs.pop(theirs) for theirs, ours in named.items() if theirs in kwargs}
+    return SOLVERS[name].having(**told), kwargs
 
 
 SAMPLERS = [(n, run) for n in names("kdiffusion/samplers_*") for run in load(n).config["runs"]]
