@@ -289,3 +289,40 @@ def autoencoder_arguments(shapes: Shapes) -> dict[str, Any]:
     }
     arguments = {"ddconfig": coder, "embed_dim": width_of(shapes, "post_quant_conv.weight", 1)}
     return arguments | ({"n_embed": width_of(shapes, codes)} if codes in shapes else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# classifiers
+
+
+def classifier_settings(shapes: Shapes, heads: Heads) -> dict[str, Any]:
+    """Our `Classifier` settings for weights in guided-diffusion's names."""
+    channels = width_of(shapes, "time_embed.0.weight", 1)
+    down = _way_down(shapes)
+    pool, last = _head(shapes)
+    return {
+        "in_channels": width_of(shapes, "input_blocks.0.0.weight", 1),
+        "num_classes": width_of(shapes, last),
+        "image_size": _image_size(shapes, len(down)),
+        "pool": pool,
+        "channels": channels,
+        "stages": [_stage(level, len(level), channels, heads) for level in down],
+        "middle": _middle(shapes, channels, heads),
+        "modulation": modulation(shapes),
+    }
+
+
+def _head(shapes: Shapes) -> tuple[str, str]:
+    """How the head pools, and the tensor whose rows are classes."""
+    if "out.2.positional_embedding" in shapes:
+        return "attention", "out.2.c_proj.weight"
+    if len(shapes.get("out.3.weight", ())) == 4:
+        return "adaptive", "out.3.weight"
+    return ("spatial_v2", "out.3.weight") if "out.3.weight" in shapes else ("spatial", "out.2.weight")
+
+
+def _image_size(shapes: Shapes, levels: int) -> int:
+    """The side of the images, which only attention over positions knows; else that of as many halvings to 8."""
+    if "out.2.positional_embedding" not in shapes:
+        return 8 * 2 ** (levels - 1)
+    return round((width_of(shapes, "out.2.positional_embedding", 1) - 1) ** 0.5) * 2 ** (levels - 1)

@@ -292,8 +292,10 @@ def class_node(num_classes: int, channels: int) -> dict[str, Any]:
     }
 
 
-def facts_of(family: Family, *, image_size: int | None = None, num_classes: int | None = None) -> dict[str, Any]:
-    """What sampling must know beside the configs."""
+def facts_of(
+    family: Family, *, image_size: int | None = None, num_classes: int | None = None, told: bool = True
+) -> dict[str, Any]:
+    """What sampling must know beside the configs. told: whether it is known what the network predicts."""
     size = family.image_size if image_size is None else image_size
     facts = {
         "shape": [3, size, size],
@@ -306,7 +308,7 @@ def facts_of(family: Family, *, image_size: int | None = None, num_classes: int 
     }
     if family.name.startswith("sdxl"):
         facts["sizes"] = {"original_size": [size, size], "crop": [0, 0], "target_size": [size, size]}
-    if family.parameterization is None:
+    if not told:
         facts["image_size_by_parameterization"] = dict(SIZES_BY_PARAMETERIZATION)
     return facts
 

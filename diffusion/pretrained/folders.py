@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.pretrained import diffusers, diffusers_autoencoder, families, ldm_text, transformers
-from diffusion.pretrained.diffusers_shapes import autoencoder_arguments, unet_arguments
+from diffusion.pretrained.diffusers_shapes import CODER, autoencoder_arguments, unet_arguments
 from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
 from diffusion.pretrained.keymap import KeyMap
 from diffusion.pretrained.places import Place, Recognised, compared, table_in_names, template
+from diffusion.pretrained.prediction import assumed_scale
 from diffusion.pretrained.scheduler_config import SAMPLERS, read_scheduler
 from diffusion.pretrained.text_places import encoder_settings, text_parts, text_place, towers_of
 from diffusion.pretrained.weight_files import WeightFile, find_weights, open_weights, read_json, variant_of
@@ -105,8 +106,13 @@ def _config(folder: Path, file: WeightFile, by_shapes: Any, notes: list[str]) ->
 def _pipeline(path: Path, folders: Folders, weights: str) -> Recognised:
     notes: list[str] = []
     file = _open(folders.unet, weights, notes)
-    arguments = _config(folders.unet, file, unet_arguments, notes)
-    settings, table = unet_part(folders.unet, arguments)
+    return _assembled(folders, file, _config(folders.unet, file, unet_arguments, notes), notes)
+
+
+def _assembled(folders: Folders, file: WeightFile, arguments: Mapping[str, Any], notes: list[str]) -> Recognised:
+    """A denoiser in diffusers' names, with what is in the folders beside it."""
+    path = folders.path
+    settings, table = unet_part(file.path, arguments)
     net = {"_target_": "diffusion.models.unet.UNet", **settings}
     places = [Place("net", file, "", table)]
     kind = _structure(arguments, settings, folders)
@@ -120,9 +126,9 @@ def _pipeline(path: Path, folders: Folders, weights: str) -> Recognised:
         factor = 2 ** (len(config["autoencoder"]["stages"]) - 1)
     if kind != "ldm":
         config["conditioner"] = _conditioner(folders, kind, places, absent, notes)
-    config["diffusion"], told, scheduler = read_scheduler(path / "scheduler", family, notes)
+    config["diffusion"], told, scheduler = read_scheduler(path / "scheduler", file, family, notes)
     size = _size(arguments, factor)
-    facts = families.facts_of(family, image_size=size)
+    facts = families.facts_of(family, image_size=size, told=told is not None)
     facts["scheduler"] = scheduler
     facts["sampler"] = SAMPLERS.get(scheduler.get("_class_name", ""), facts["sampler"])
     if pixels:
@@ -359,3 +365,30 @@ def _text_alone(path: Path) -> Recognised:
         files=(file,),
     )
     return compared(found)
+
+
+def recognise_network(file: WeightFile) -> Recognised:
+    """One network's file in diffusers' names, with the config.json beside it if that is its own, else by shapes."""
+    notes: list[str] = []
+    coder = CODER in file
+    by_shapes, kinds = (autoencoder_arguments, AUTOENCODERS) if coder else (unet_arguments, UNETS)
+    beside = file.path.parent / "config.json"
+    try:
+        if beside.is_file() and _class_of(beside) in kinds:
+            arguments = read_json(beside)
+        else:
+            arguments = by_shapes(file.shapes)
+            notes.append(
+                "there is no config.json of it; its sizes are read from shapes, its heads are Stable Diffusion's"
+            )
+    except ValueError as error:
+        raise ValueError(f"{file.path} has diffusers' names, but is damaged or of another kind: {error}") from error
+    if not coder:
+        return _assembled(Folders(file.path), file, arguments, notes)
+    if "scaling_factor" not in arguments:
+        scale = assumed_scale(file)
+        notes.append(
+            f"the file does not tell the scale of its latents; {scale} is assumed (beside a model, the model's)"
+        )
+        arguments = {**arguments, "scaling_factor": scale}
+    return autoencoder_alone(file.path, file, arguments, notes)

@@ -26,7 +26,7 @@ HARMLESS = re.compile(
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|v_pred|ztsnr"
     r"|denoiser\.(log_)?sigmas|(first_stage_model\.)?(model_ema|loss)\..*|embedding_manager\..*"
     r"|cond_stage_model\.(logit_scale|text_projection|mapper\..*|final_ln\..*)"
-    r"|(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask)|(.*\.)?(visual|vision_model)\..*"
+    r"|(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask|to_logits\.(weight|bias))|(.*\.)?(visual|vision_model)\..*"
     r"|(optimizer|lr_scheduler|callbacks)\..*|epoch|global_step)$"
 )
 Shapes = Mapping[str, tuple[int, ...]]

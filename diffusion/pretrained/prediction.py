@@ -69,3 +69,11 @@ def schedule_node(betas: torch.Tensor) -> dict[str, Any]:
                 node = families.scaled_linear(ends, len(betas)) | {"_target_": f"diffusion.schedule.{name}"}
                 return node | ({"reference_steps": None} if name == "linear" else {})
     return {"_target_": "diffusion.schedule.Schedule", "betas": betas.tolist()}
+
+
+def assumed_scale(file: WeightFile) -> float:
+    """The scale of an autoencoder's latents where only its name or header hints at the model that it belongs to."""
+    if any(name.endswith("quantize.embedding.weight") for name in file):
+        return 1.0
+    hints = f"{file.path.name} {file.metadata.get('modelspec.architecture', '')}".lower()
+    return families.FAMILIES["sdxl-base" if "xl" in hints else "sd1"].scale_factor

@@ -8,7 +8,8 @@ from typing import Any
 
 from diffusion.pretrained import families
 from diffusion.pretrained.families import Family
-from diffusion.pretrained.weight_files import read_json
+from diffusion.pretrained.prediction import read_parameterization, read_schedule
+from diffusion.pretrained.weight_files import WeightFile, read_json
 
 NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 VARIANCES = {"learned": "learned", "learned_range": "learned", "fixed_large": "jump", "fixed_large_log": "jump"}
@@ -29,16 +30,15 @@ SAMPLERS = {  # scheduler class -> our sampler's config
 }
 
 
-def read_scheduler(folder: Path, family: Family, notes: list[str]) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+def read_scheduler(
+    folder: Path, file: WeightFile, family: Family, notes: list[str]
+) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
     """The process' config node, what is predicted (None: not known), and the scheduler's config as it is."""
     path = folder / "scheduler_config.json"
     if not path.is_file():
         notes.append(f"there is no {folder.name}/scheduler_config.json; {family.title}'s own schedule is assumed")
-        return (
-            families.diffusion_node(families.scaled_linear(family.betas), family.parameterization),
-            (family.parameterization),
-            {},
-        )
+        told = read_parameterization(file, family, notes)
+        return families.diffusion_node(read_schedule(file, family, told, notes), told), told, {}
     config = read_json(path)
     kind = config.get("prediction_type", "epsilon")
     if kind not in NAMES:

@@ -9,18 +9,28 @@ from typing import Any
 
 from torch import nn
 
-from diffusion.pretrained import architecture, compvis_autoencoder, families, guided_diffusion
+from diffusion.pretrained import (
+    adm_files,
+    architecture,
+    compvis_autoencoder,
+    diffusers_shapes,
+    families,
+    guided_diffusion,
+    ldm_text,
+)
 from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
+from diffusion.pretrained.folders import recognise_network
 from diffusion.pretrained.keymap import KeyMap, Rule, Transform
 from diffusion.pretrained.other_files import recognise_other
 from diffusion.pretrained.places import AVERAGED, Place, Recognised, Shapes, compared, table_in_names, template
-from diffusion.pretrained.prediction import read_parameterization, read_schedule
+from diffusion.pretrained.prediction import assumed_scale, read_parameterization, read_schedule
 from diffusion.pretrained.text_files import Tower
 from diffusion.pretrained.text_places import encoder_settings, text_conditioner, text_parts, text_place, towers_of
 from diffusion.pretrained.weight_files import WeightFile
 
 UNET = "input_blocks.0.0.weight"
 CODER = "encoder.down.0.block.0.conv1.weight"
+TOKENS = "token_emb.weight"
 CLASSES = "cond_stage_model.embedding.weight"
 ADDED_ROW = Transform(lambda rows: nn.functional.pad(rows, (0, 0, 0, 1)), lambda rows: (rows[:-1],))
 
@@ -32,6 +42,7 @@ class Parts:
     unet: str | None
     autoencoder: str | None
     towers: list[Tower]
+    bert: str | None = None  # of latent diffusion's own text encoder
 
 
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -45,7 +56,9 @@ def find_parts(shapes: Shapes) -> Parts:
     unets = [prefix for prefix in unets if architecture.has_unet(below(shapes, prefix))]
     coders = [n.removesuffix(CODER) for n in shapes if n.endswith(CODER) and _ends(n, CODER)]
     first = min(unets, key=lambda prefix: (prefix != "model.diffusion_model.", prefix), default=None)
-    return Parts(first, min(coders, default=None), towers_of(shapes))
+    berts = [n.removesuffix(TOKENS) for n in shapes if n.endswith(TOKENS) and _ends(n, TOKENS)]
+    bert = next((prefix for prefix in berts if ldm_text.layout_of(below(shapes, prefix)) is not None), None)
+    return Parts(first, min(coders, default=None), towers_of(shapes), bert)
 
 
 def _ends(name: str, suffix: str) -> bool:
@@ -58,8 +71,14 @@ def recognise_file(file: WeightFile, *, weights: str = "auto") -> Recognised:
     if (other := recognise_other(file)) is not None:
         return other
     parts = find_parts(file.shapes)
+    if parts.unet == "" and adm_files.is_classifier(file.shapes):
+        return adm_files.recognise_classifier(file)
+    if parts.unet == "" and not any(".transformer_blocks." in name for name in file) and parts.autoencoder is None:
+        return adm_files.recognise_denoiser(file)
     if parts.unet is not None:
         return _denoiser(file, parts, weights)
+    if diffusers_shapes.UNET in file or diffusers_shapes.CODER in file:
+        return recognise_network(file)
     if parts.autoencoder is not None:
         return _autoencoder(file, parts.autoencoder)
     if parts.towers:
@@ -88,7 +107,7 @@ def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
         rough,
         towers=[tower.layout for tower in parts.towers],
         linear=linear,
-        vocabulary="class" if CLASSES in file else None,
+        vocabulary="class" if CLASSES in file else "bert" if parts.bert is not None else None,
     )
     settings = _settings(file, shapes, kind, linear)
     family = _family(file, kind, settings)
@@ -98,13 +117,13 @@ def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
     config: dict[str, Any] = {"net": net}
     scale = _scale_factor(file, family, notes)
     config["autoencoder"], absent = _autoencoder_node(file, parts.autoencoder, scale, places)
-    config["conditioner"] = _conditioner(file, parts.towers, kind, places, absent)
+    config["conditioner"] = _conditioner(file, parts, kind, places, absent)
     parameterization = read_parameterization(file, family, notes)
     schedule = read_schedule(file, family, parameterization, notes)
     config["diffusion"] = families.diffusion_node(schedule, parameterization)
     classes = config["conditioner"]["num_classes"] if kind == "ldm-class" else None
-    size = families.SIZES_BY_PARAMETERIZATION.get(parameterization or "") if kind == "sd2" else None
-    facts = families.facts_of(family, image_size=size if family.parameterization is None else None, num_classes=classes)
+    size = families.SIZES_BY_PARAMETERIZATION.get(parameterization or "") if family.name == "sd2" else None
+    facts = families.facts_of(family, image_size=size, num_classes=classes, told=parameterization is not None)
     found = Recognised(
         path=file.path,
         layout="compvis",
@@ -214,12 +233,15 @@ def _scale_factor(file: WeightFile, family: Family, notes: list[str]) -> float:
 
 
 def _conditioner(
-    file: WeightFile, towers: list[Tower], kind: str, places: list[Place], absent: list[str]
+    file: WeightFile, parts: Parts, kind: str, places: list[Place], absent: list[str]
 ) -> dict[str, Any] | None:
+    towers = parts.towers
     if kind == "ldm":
         return None
     if kind == "ldm-class":
         return _class_conditioner(file, places, absent)
+    if kind == "ldm-text":
+        return _bert(file, parts.bert, places, absent)
     node = text_conditioner(towers, kind)
     if node is None:
         raise ValueError(
@@ -231,6 +253,18 @@ def _conditioner(
     for tower, (part, encoder) in zip(towers, text_parts(node).items(), strict=False):
         places.append(text_place(part, file, tower, encoder))
     return node
+
+
+def _bert(file: WeightFile, prefix: str | None, places: list[Place], absent: list[str]) -> dict[str, Any]:
+    """Latent diffusion's own text encoder."""
+    if prefix is None:
+        absent.append("conditioner")
+        return families.bert_text()
+    shapes = below(file.shapes, prefix)
+    settings = ldm_text.shapes_config(shapes)
+    table = ldm_text.text_table(settings, ldm_text.layout_of(shapes))
+    places.append(Place("conditioner.encoder", file, prefix, table))
+    return families.bert_text({"_target_": families.TEXT_TARGET, **settings})
 
 
 def _class_conditioner(file: WeightFile, places: list[Place], absent: list[str]) -> dict[str, Any]:
@@ -252,11 +286,7 @@ def _class_conditioner(file: WeightFile, places: list[Place], absent: list[str])
 
 
 def _autoencoder(file: WeightFile, prefix: str) -> Recognised:
-    scale, notes = 0.18215, []
-    if "quantize.embedding.weight" in below(file.shapes, prefix):
-        scale = 1.0
-    elif "xl" in file.path.name.lower() or "xl" in file.metadata.get("modelspec.architecture", ""):
-        scale = FAMILIES["sdxl-base"].scale_factor
+    scale, notes = assumed_scale(file), []
     notes.append(f"the file does not tell the scale of its latents; {scale} is assumed (beside a model, the model's)")
     node, place = autoencoder_part(file, prefix, scale)
     found = Recognised(
