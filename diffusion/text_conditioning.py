@@ -83,10 +83,7 @@ class TextConditioner(Conditioner):
         self.provides = {"context": encoder.channels}
         if pooled:
             self.provides["vector"] = encoder.projection_channels or encoder.channels
-        if weights is not None and not encoder.token_embedding.weight.is_meta:
-            from diffusion.pretrained.text_files import load_text_weights
-
-            load_text_weights(encoder, weights)
+        _read(encoder, weights)
         if frozen:
             encoder.requires_grad_(False).eval()
 
@@ -252,6 +249,7 @@ class XLConditioner(Conditioner):
 
     zero_null: without a caption, contexts and pooled text are zeros instead of the empty caption's. `clip_skip`,
     `long_prompt` and `emphasis` are those of all texts. image_size: H = W, or (H, W), for `prepare` without sizes.
+    weights: a .safetensors file that has the towers of all texts, as in `TextConditioner`.
     """
 
     entry = "caption"
@@ -264,6 +262,7 @@ class XLConditioner(Conditioner):
         aesthetic: bool = False,
         zero_null: bool = True,
         image_size: int | Sequence[int] = 1024,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         if [text.pooled for text in texts] != [False] * (len(texts) - 1) + [True]:
@@ -275,6 +274,7 @@ class XLConditioner(Conditioner):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         for text in texts:
             text.zero_null = zero_null
+            _read(text.encoder, weights)
         self.num_sizes = 5 if aesthetic else 6
         self.provides = {
             "context": sum(text.provides["context"] for text in texts),
@@ -353,6 +353,14 @@ def _filled(one: Tensor, other: Tensor, value: float) -> tuple[Tensor, Tensor]:
     """Both of the longer one's length (B, L)."""
     length = max(one.shape[1], other.shape[1])
     return tuple(F.pad(part, (0, length - part.shape[1]), value=value) for part in (one, other))
+
+
+def _read(encoder: TextTransformer, weights: str | Path | None) -> None:
+    """Fill an encoder from a file, if there is one to read and memory to fill."""
+    if weights is not None and not encoder.token_embedding.weight.is_meta:
+        from diffusion.pretrained.text_files import load_text_weights
+
+        load_text_weights(encoder, weights)
 
 
 def _layer_index(layer: str | int, num_layers: int) -> int:

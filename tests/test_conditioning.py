@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from golden_cases import assert_close, load
 from safetensors.torch import load_file, save_file
-from test_configs import built, composed
+from test_configs import ROOT, built, composed
 from torch import Tensor, nn
 
 from diffusion.checkpoint import build
@@ -455,10 +455,12 @@ def test_conditioners_that_do_not_go_together_are_refused():
 
 # --- configs ---------------------------------------------------------------------------------------------------------
 
-MILLIONS = {"clip_l": 123.06, "openclip_h": 352.98, "text": 6.73, "image_tokens": 0.42}
+MILLIONS = {"clip_l": 123.06, "openclip_h": 352.98, "sdxl": 817.72, "ldm_text": 542.90, "text": 6.73}
+MILLIONS |= {"image_tokens": 0.42}
+TOKENS = ["class_token", "lowres_concat", "text_small"]
 
 
-@pytest.mark.parametrize("option", ["text", "clip_l", "openclip_h", "class_token", "image_tokens", "lowres_concat"])
+@pytest.mark.parametrize("option", [*MILLIONS, *TOKENS])
 def test_every_conditioner_of_the_configs_is_built_from_plain_data(option):
     node = composed(f"conditioner={option}", "data=shapes")["conditioner"]
     with torch.device("meta"):
@@ -466,11 +468,22 @@ def test_every_conditioner_of_the_configs_is_built_from_plain_data(option):
     if option in MILLIONS:
         millions = sum(p.numel() for p in conditioner.parameters()) / 1e6
         assert millions == pytest.approx(MILLIONS[option], abs=0.01)
-    assert (node.get("frozen", False)) == (option in ("clip_l", "openclip_h"))
+    frozen = bool(list(conditioner.parameters())) and not any(p.requires_grad for p in conditioner.parameters())
+    assert frozen == (option in ("clip_l", "openclip_h", "sdxl"))
     with torch.device("meta"):
-        again = build(node, set(targets(node)))
+        again = build(node)
     assert again.state_dict().keys() == conditioner.state_dict().keys()
 
 
-def targets(node: dict) -> list[str]:
-    return [node["_target_"], *(name for child in node.values() if isinstance(child, dict) for name in targets(child))]
+def test_no_conditioner_of_the_configs_is_left_out():
+    files = {path.stem for path in (ROOT / "configs" / "conditioner").glob("*.yaml")}
+    assert files == {*MILLIONS, *TOKENS, "none"}
+
+
+def test_the_configs_fit_the_networks_that_they_are_for():
+    for option, net in (("clip_l", "sd15"), ("openclip_h", "sd21"), ("sdxl", "sdxl")):
+        config = composed(f"conditioner={option}", f"net={net}")
+        with torch.device("meta"):
+            conditioner, network = built(config["conditioner"]), built(config["net"])
+        assert conditioner.provides["context"] == network.context_channels
+        assert conditioner.provides.get("vector") == network.vector_channels

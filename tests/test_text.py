@@ -182,6 +182,29 @@ def test_live_open_clip_text_towers_agree_on_the_tokenizers_tokens(quick_gelu, s
         assert_close(last, peer(ids)[1], 5e-5)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_every_layer_is_open_clips_in_whatever_order_it_keeps_its_batch(batch_first):
+    from open_clip.model import _build_text_tower
+    from open_clip.transformer import Transformer
+
+    config = {"embed_dim": 12, "text_cfg": {"context_length": 20, "width": 16, "heads": 4, "layers": 3}}
+    peer = randomised(_build_text_tower(12, config["text_cfg"], quick_gelu=False))
+    stack = Transformer(16, 3, 4, batch_first=batch_first).eval()
+    stack.load_state_dict(peer.transformer.state_dict())
+    net = open_clip.load_text(config, peer.state_dict()).eval()
+    ids = ClipTokenizer(20, pad="zero")(["a cat", *CAPTIONS[:3]])
+    with torch.no_grad():
+        ours = net(ids)
+        x = peer.token_embedding(ids) + peer.positional_embedding[:20]
+        x = x if batch_first else x.transpose(0, 1)  # open_clip 2.24 to 2.26 changed this without a word
+        for number, block in enumerate(stack.resblocks, 1):
+            x = block(x, attn_mask=peer.attn_mask)
+            assert_close(ours[number], x if batch_first else x.transpose(0, 1), 5e-5, f"layer {number}")
+        last = peer.forward_intermediates(ids, output_fmt="NLC", normalize_intermediates=True)
+        for state, expected in zip(ours[1:], last["text_intermediates"], strict=True):
+            assert_close(net.norm_out(state), expected, 5e-5)
+
+
 def test_open_clips_whole_models_compile_to_the_published_sizes():
     from open_clip import get_model_config
 

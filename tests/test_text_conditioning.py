@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import assert_close, load, names
+from safetensors.torch import save_file
 from test_conditioning import same
 from test_text import randomised
 from torch import Tensor
@@ -372,3 +373,27 @@ def test_xl_is_rebuilt_from_plain_data():
     again.load_state_dict(first.state_dict())
     assert {key.split(".")[:3][2] for key in first.state_dict()} == {"encoder"}
     assert same(first(first.prepare(CAPTIONS[:1])), again(again.prepare(CAPTIONS[:1])))
+
+
+def test_xl_reads_both_texts_from_one_file(tmp_path):
+    source = xl()
+    small = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    first = transformers.export_text(
+        small | {"max_position_embeddings": 12, "intermediate_size": 64}, source.texts[0].encoder.state_dict()
+    )
+    wide = randomised(TextTransformer(**SIZES | {"channels": 32}, projection_channels=8))
+    text_cfg = {"vocab_size": 300, "width": 32, "layers": 3, "heads": 2, "context_length": 12}
+    second = open_clip.export_text({"embed_dim": 8, "text_cfg": text_cfg, "quick_gelu": True}, wide.state_dict())
+    state = {f"conditioner.embedders.0.transformer.{name}": tensor for name, tensor in first.items()}
+    save_file(
+        state | {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()},
+        tmp_path / "xl.safetensors",
+    )
+    texts = [
+        TextConditioner(TextTransformer(**SIZES)),
+        TextConditioner(TextTransformer(**SIZES | {"channels": 32}, projection_channels=8), pooled=True),
+    ]
+    XLConditioner(texts, weights=tmp_path / "xl.safetensors")
+    for conditioner, encoder in zip(texts, (source.texts[0].encoder, wide), strict=True):
+        wanted, found = encoder.state_dict(), conditioner.encoder.state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
