@@ -44,7 +44,10 @@ def spelled_out(arguments: list[str]) -> list[str]:
 
 
 def draw(config: dict[str, Any], team: "Team") -> Path:
-    """Load, build, sample and write, as one of the processes that share the work; return the folder."""
+    """Load, build, sample and write, as one of the processes that share the work; return the folder.
+
+    `config["typed"]` are the words of the command line: what they leave open a published model brings along.
+    """
     from hydra.utils import instantiate
 
     from diffusion.asked import choose_shape
@@ -54,10 +57,13 @@ def draw(config: dict[str, Any], team: "Team") -> Path:
     from diffusion.sample_folder import sample_to_folder
     from diffusion.sample_settings import files_given, with_counts
 
+    config, typed = {name: value for name, value in config.items() if name != "typed"}, config["typed"]
+    for part in ("sampler", "guidance"):
+        instantiate(config[part], _convert_="all")  # what is wrong with them is found before a large file is loaded
     model = load_model(config["checkpoint"], buildable=config["buildable"], **files_given(config))
-    config = with_own_settings(config, model, config.pop("typed"), silent=team.rank > 0)
-    sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
+    config = with_own_settings(config, model, typed, silent=not team.first)
     config = with_counts(config, choose_shape(model, config))
+    sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
     if team.rank == 0:
         check_wanted(config, model)  # what is wrong with metrics= is found before drawing
     return sample_to_folder(model, sampler, guidance, config, team)

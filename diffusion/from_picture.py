@@ -41,7 +41,7 @@ def with_picture(arguments: Sequence[str]) -> list[str]:
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
         for note in [*notes, *kept]:
             print(f"from={path}: {note}", file=sys.stderr)
-    return [*words, word(FROM, str(path)), *arguments]
+    return [*words, f"++{word(FROM, str(path))}", *arguments]
 
 
 def _named(arguments: Sequence[str]) -> Path | None:
@@ -210,13 +210,13 @@ def _node_words(group: str, node: Mapping[str, Any]) -> list[str]:
     alike = {name: len(node.keys() ^ base.keys()) for name, base in sorted(options.items())
              if base.get("_target_") == node.get("_target_")}  # fmt: skip
     chosen = min(alike, key=alike.get)
-    words = [f"{group}={chosen}", *(word(f"{group}.{key}", value) for key, value in node.items())]
+    words = [f"{group}={chosen}", *(f"++{word(f'{group}.{key}', value)}" for key, value in node.items())]
     return words + [f"~{group}.{key}" for key in options[chosen] if key not in node]
 
 
 def word(key: str, value: Any) -> str:
     """Return one setting as Hydra reads it, whatever characters are in its texts."""
-    return f"++{key}={_literal(value)}"
+    return f"{key}={_literal(value)}"
 
 
 def _literal(value: Any) -> str:
