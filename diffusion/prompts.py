@@ -64,7 +64,7 @@ def sections(prompt: str) -> list[list[Span]]:
             _append(spans, text[1:] if kind == "escaped" else text, literal=kind is not None)
             continue
         _multiply(spans, begin, _number(match["weight"], prompt) if kind == "weight" else FACTORS[bracket])
-    for bracket, begin in opened:
+    for bracket, begin in sorted(opened):  # round ones first, so that rounding is the same, too
         _multiply(spans, begin, FACTORS[bracket])
     return _merged(spans)
 
