@@ -12,7 +12,14 @@ from oracles import Mixture, normal
 from torch import Tensor
 
 from diffusion.denoiser import denoiser, denoiser_pair
-from diffusion.guidance import ClassifierFreeGuidance, NoGuidance, classifier_score, clip_x0, threshold_x0
+from diffusion.guidance import (
+    ClassifierFreeGuidance,
+    NoGuidance,
+    TwoScaleGuidance,
+    classifier_score,
+    clip_x0,
+    threshold_x0,
+)
 from diffusion.process import GaussianDiffusion, Prediction, target
 from diffusion.schedule import linear, zero_terminal_snr
 
@@ -179,6 +186,79 @@ def test_guidance_of_an_unconditional_model_is_an_error():
         ClassifierFreeGuidance(2.0)(GaussianDiffusion(linear(100)), Net(), {}, {})
     with pytest.raises(ValueError, match=r"names \['context'\], which the condition \['label'\] lacks"):
         ClassifierFreeGuidance(2.0)(GaussianDiffusion(linear(100)), Net(), LABELS, {"context": normal((3, 1))})
+
+
+# -- two scales ----------------------------------------------------------------------------------------------------
+
+
+class Editor(Net):
+    """A network that is told of a picture, too."""
+
+    def __call__(self, x: Tensor, t: Tensor, *, label: Tensor, concat: Tensor) -> Tensor:
+        return super().__call__(x + concat, t, label=label)
+
+
+PICTURE = {"concat": normal(SHAPE) + 1}
+NO_PICTURE = {"concat": torch.zeros(SHAPE, dtype=torch.float64)}
+
+
+def edit(text: float, image: float, diffusion: GaussianDiffusion | None = None, **kwargs):
+    diffusion = diffusion or GaussianDiffusion(linear(100))
+    net = Editor(diffusion.out_channels(2))
+    return TwoScaleGuidance(text, image, **kwargs)(diffusion, net, LABELS | PICTURE, NULL | NO_PICTURE), net
+
+
+def edits(diffusion: GaussianDiffusion, x: Tensor, t: int) -> list[Prediction]:
+    """What is predicted from text and picture, from the picture, and from nothing."""
+    told = (LABELS | PICTURE, NULL | PICTURE, NULL | NO_PICTURE)
+    return [denoiser(diffusion, Editor(diffusion.out_channels(2)), **condition)(x, t) for condition in told]
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+@pytest.mark.parametrize(
+    ("text", "image", "asked"),
+    [(7.5, 1.5, 3), (2.0, 2.0, 2), (3.0, 1.0, 2), (1.0, 1.0, 1), (0.0, 0.0, 1), (0.0, 1.5, 3), (1.0, 0.0, 3)],
+)
+def test_two_scales_are_instruct_pix2pixs_equation_in_one_batch_of_what_counts(text, image, asked, parameterization):
+    diffusion, x = GaussianDiffusion(linear(100), parameterization), normal(SHAPE)
+    guided, net = edit(text, image, diffusion)
+    given, picture, nothing = edits(diffusion, x, 40)
+    expected = nothing.eps + text * (given.eps - picture.eps) + image * (picture.eps - nothing.eps)
+    assert torch.allclose(guided(x, 40).eps, expected, atol=1e-9)
+    assert net.batches == [asked * SHAPE[0]]
+
+
+def test_two_equal_scales_are_classifier_free_guidance_on_both():
+    x, (guided, _) = normal(SHAPE), edit(3.0, 3.0)
+    diffusion = GaussianDiffusion(linear(100))
+    free = ClassifierFreeGuidance(3.0)(diffusion, Editor(), LABELS | PICTURE, NULL | NO_PICTURE)
+    assert_same(guided(x, 40), free(x, 40))
+
+
+@pytest.mark.parametrize(("text", "image"), [(7.5, 1.5), (0.0, 1.5), (1.0, 1.0)])
+def test_a_learned_variance_is_that_of_text_and_picture(text, image):
+    diffusion, x = GaussianDiffusion(linear(100), variance="learned"), normal(SHAPE)
+    guided, _ = edit(text, image, diffusion)
+    assert torch.allclose(guided(x, 40).var_frac, edits(diffusion, x, 40)[0].var_frac)
+
+
+def test_two_scales_can_be_rescaled_and_kept_to_an_interval():
+    x, diffusion = normal(SHAPE), GaussianDiffusion(linear(100))
+    guided, _ = edit(7.5, 1.5, rescale=1.0, interval=(30, 60))
+    given = edits(diffusion, x, 40)[0]
+    assert torch.allclose(guided(x, 40).eps.std((1, 2, 3)), given.eps.std((1, 2, 3)))
+    assert_same(guided(x, 20), edits(diffusion, x, 20)[0])
+
+
+@pytest.mark.parametrize("wrong", [{"image_guidance_scale": -1.0}, {"guidance_scale": math.nan}, {"rescale": 2.0}])
+def test_two_scales_are_checked_like_one(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TwoScaleGuidance(**wrong)
+
+
+def test_two_scales_without_a_picture_are_an_error():
+    with pytest.raises(ValueError, match="takes none: use guidance=classifier_free"):
+        TwoScaleGuidance()(GaussianDiffusion(linear(100)), Net(), LABELS, NULL)
 
 
 # -- classifier score --------------------------------------------------------------------------------------------
