@@ -3,6 +3,7 @@
 The parts are found by the names that they all have below whatever prefix, and their sizes are read from shapes.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from diffusion.pretrained import (
     guided_diffusion,
     ldm_text,
 )
+from diffusion.pretrained.export_compvis import autoencoder_table
 from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
 from diffusion.pretrained.folders import recognise_network
 from diffusion.pretrained.keymap import KeyMap, Rule, Transform
@@ -31,6 +33,8 @@ from diffusion.pretrained.weight_files import WeightFile
 UNET = "input_blocks.0.0.weight"
 CODER = "encoder.down.0.block.0.conv1.weight"
 TOKENS = "token_emb.weight"
+TOLD = "diffusion.config"  # in the header of files that we exported: our nodes, as JSON; beside it the facts
+TOLD_FACTS = "diffusion.facts"
 CLASSES = "cond_stage_model.embedding.weight"
 ADDED_ROW = Transform(lambda rows: nn.functional.pad(rows, (0, 0, 0, 1)), lambda rows: (rows[:-1],))
 
@@ -71,6 +75,8 @@ def recognise_file(file: WeightFile, *, weights: str = "auto") -> Recognised:
     if (other := recognise_other(file)) is not None:
         return other
     parts = find_parts(file.shapes)
+    if parts.unet is not None and TOLD in file.metadata:
+        return _told_denoiser(file, parts, weights)
     if parts.unet == "" and adm_files.is_classifier(file.shapes):
         return adm_files.recognise_classifier(file)
     if parts.unet == "" and not any(".transformer_blocks." in name for name in file) and parts.autoencoder is None:
@@ -139,6 +145,83 @@ def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
         files=(file,),
     )
     return compared(found)
+
+
+def _told_denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
+    """A denoiser in a file that says itself what it is, as those that we export do; all but the names is believed."""
+    config, facts = _read_told(file)
+    net = config["net"]
+    linear = architecture.linear_projections(below(file.shapes, parts.unet))
+    family, title = _told_family(parts, config, linear)
+    notes: list[str] = []
+    places = [_unet_place(file, parts.unet, net, linear, family or FAMILIES["sd1"], weights, notes)]
+    absent: list[str] = []
+    if node := config.get("autoencoder"):
+        if parts.autoencoder is None:
+            absent.append("autoencoder")
+        else:
+            table = autoencoder_table(template(node))
+            places.append(Place("autoencoder", file, parts.autoencoder, table))
+    if node := config.get("conditioner"):
+        _told_conditioner(file, parts, node, places, absent)
+    return compared(
+        Recognised(
+            path=file.path,
+            layout="compvis",
+            kind="denoiser",
+            family=family.name if family else "custom",
+            title=title,
+            config=config,
+            facts=facts,
+            places=tuple(places),
+            absent=tuple(absent),
+            parameterization=config["diffusion"].get("parameterization"),
+            notes=tuple(notes),
+            files=(file,),
+        )
+    )
+
+
+def _read_told(file: WeightFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        config, facts = json.loads(file.metadata[TOLD]), json.loads(file.metadata.get(TOLD_FACTS, "{}"))
+        whole = all(isinstance(config[name], dict) for name in ("net", "diffusion")) and isinstance(facts, dict)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{TOLD} in the header of {file.path} is damaged ({error!r:.80}); take another copy"
+        ) from error
+    if not whole:
+        raise ValueError(f"{TOLD} in the header of {file.path} has no net and no diffusion; take another copy of it")
+    return config, facts
+
+
+def _told_family(parts: Parts, config: Mapping[str, Any], linear: bool) -> tuple[Family | None, str]:
+    """The published family that it is like, if it is one of latents, and a title."""
+    net = config["net"]
+    family = None
+    if config.get("autoencoder") and {"in_channels", "out_channels"} <= set(net):
+        towers = [tower.layout for tower in parts.towers]
+        kind = families.structure({"context_channels": None, **net}, towers=towers, linear=linear)
+        family = FAMILIES.get(BY_CHANNELS[kind].get(net["in_channels"] - net["out_channels"], ""))
+    title = _title(family, {"context_channels": None, **net}) if family else "a model of ours"
+    return family, f"{title}, exported with its config"
+
+
+def _told_conditioner(
+    file: WeightFile, parts: Parts, node: dict[str, Any], places: list[Place], absent: list[str]
+) -> None:
+    encoders = text_parts(node)
+    if not encoders:
+        if "num_classes" in node:
+            _class_conditioner(file, places, absent, num_classes=node["num_classes"])
+        return
+    if parts.bert is not None:
+        _bert(file, parts.bert, places, absent)
+    elif len(parts.towers) != len(encoders):
+        absent.append("conditioner")
+    else:
+        for tower, (part, encoder) in zip(parts.towers, encoders.items(), strict=True):
+            places.append(text_place(part, file, tower, encoder))
 
 
 def _settings(file: WeightFile, shapes: Shapes, kind: str, linear: bool) -> dict[str, Any]:
@@ -267,13 +350,15 @@ def _bert(file: WeightFile, prefix: str | None, places: list[Place], absent: lis
     return families.bert_text({"_target_": families.TEXT_TARGET, **settings})
 
 
-def _class_conditioner(file: WeightFile, places: list[Place], absent: list[str]) -> dict[str, Any]:
+def _class_conditioner(
+    file: WeightFile, places: list[Place], absent: list[str], *, num_classes: int | None = None
+) -> dict[str, Any]:
     """Latent diffusion's table of classes; that of 1001 rows has one for no class, that of 1000 none."""
     if CLASSES not in file:
         absent.append("conditioner")
         return families.class_node(1000, 512)
     rows, channels = file[CLASSES].shape if len(file[CLASSES].shape) == 2 else (2, 1)
-    lacks_null = rows == 1000
+    lacks_null = rows == (1000 if num_classes is None else num_classes)
     num_classes = rows if lacks_null else rows - 1
     table = nn.Embedding(num_classes + 1, channels, device="meta")
     rule = Rule("weight", ("weight",), ADDED_ROW) if lacks_null else Rule("weight", ("weight",))
