@@ -75,7 +75,6 @@ BUILDABLE: frozenset[str] = frozenset(
         "diffusion.conditioning.TextConditioner",
         "diffusion.text_conditioning.TextConditioner",
         "diffusion.text_conditioning.XLConditioner",
-        "diffusion.text_conditioning.XLConditioner",
         "diffusion.tokenizer.WordPieceTokenizer",
         "diffusion.conditioning.ClassConditioner",
         "diffusion.conditioning.ImageConditioner",

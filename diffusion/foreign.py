@@ -147,12 +147,13 @@ def with_settings(
     if parameterization is not None:
         config["diffusion"]["parameterization"] = parameterization
     if tokenizer is not None:
-        if "vocabulary" not in (config.get("conditioner") or {}):
+        words = (config.get("conditioner") or {}).get("tokenizer") or {}
+        if "vocabulary" not in words:
             raise ValueError(
                 f"tokenizer={tokenizer}: the text encoder of {found.path} ({found.title}) reads CLIP's tokens, whose "
                 "vocabulary is there already; leave tokenizer out"
             )
-        config["conditioner"]["vocabulary"] = str(tokenizer)
+        words["vocabulary"] = str(tokenizer)
     return replace(found, config=config)
 
 
@@ -253,6 +254,15 @@ def fill(
 def read_ours(place: Place, rule: Rule, *, own: bool = False) -> Tensor:
     """One of our tensors from its place; `own` as of `WeightFile.read`."""
     return rule.transform.load(*(place.file.read(place.prefix + name, own=own) for name in rule.foreign))
+
+
+def linear_projections(found: Recognised) -> bool | None:
+    """Whether the transformers of a file project linearly or by 1x1 convolution; None where it has none."""
+    for place in found.places:
+        for rule in place.table.rules:
+            if rule.ours.endswith("proj_in.weight"):
+                return len(place.file[place.prefix + rule.foreign[0]].shape) == 2
+    return None
 
 
 def _type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -106,6 +106,29 @@ def save_model(
     num_classes, class_names, condition_drop; `parts` what `net` needs beside it, by a name of `PARTS`.
     """
     parts = dict(parts or {})
+    metadata = model_metadata(
+        config,
+        weights=weights,
+        step=step,
+        facts=facts,
+        ema_decay=ema_decay,
+        parts={name: part.described() for name, part in parts.items()},
+    )
+    states = {"": net, **{f"{name}.": part.module for name, part in parts.items() if part.bundled}}
+    with atomic_write(path) as partial:
+        save_file(_plain_tensors(states), partial, metadata=metadata)
+
+
+def model_metadata(
+    config: Mapping[str, Any],
+    *,
+    weights: str,
+    step: int,
+    facts: Mapping[str, Any],
+    ema_decay: float | None,
+    parts: Mapping[str, Mapping[str, Any]],
+) -> dict[str, str]:
+    """What the header of a model file says, see `save_model`; `parts` as `Part.described` says. Raises ValueError."""
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} says nothing; it must be 'ema' or 'raw', whichever the net holds now")
     nodes = NODES[kind_of(config)]
@@ -116,7 +139,7 @@ def save_model(
         )
     if lacking := {"shape", "num_classes", "class_names", "condition_drop"} - set(facts):
         raise ValueError(f"facts lack {sorted(lacking)}; sampling cannot know them from the weights")
-    metadata = {
+    return {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "config": _json("config", config),
@@ -127,17 +150,20 @@ def save_model(
         "package_version": package_version(),
         "git_commit": git_commit(),
         "torch_version": str(torch.__version__),
-        "parts": _json("parts", {name: part.described() for name, part in parts.items()}),
+        "parts": _json("parts", dict(parts)),
     }
-    states = {"": net, **{f"{name}.": part.module for name, part in parts.items() if part.bundled}}
-    with atomic_write(path) as partial:
-        save_file(_plain_tensors(states), partial, metadata=metadata)
 
 
 def weights_hash(module: nn.Module) -> str:
     """Return the SHA-256 of a module's tensors: names, types, shapes and values, wherever and in whatever order."""
+    state = {clean(key): tensor for key, tensor in module.state_dict().items()}
+    return tensors_hash((key, state[key]) for key in sorted(state))
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of tensors that come in the order of their names."""
     digest = hashlib.sha256()
-    for key, tensor in sorted((clean(key), tensor) for key, tensor in module.state_dict().items()):
+    for key, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
         digest.update(plain.flatten().view(torch.uint8).numpy().data)

@@ -114,6 +114,13 @@ def _clip() -> Any:
     return module.SimpleTokenizer()
 
 
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's tokens with their ids, and its merges in order, as transformers writes them to vocab.json and merges.txt."""
+    clip = _clip()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {special.get(word, word): i for word, i in clip.encoder.items()}, [" ".join(pair) for pair in clip.bpe_ranks]
+
+
 @lru_cache(maxsize=2**16)
 def _encoded(caption: str) -> tuple[int, ...]:
     """The ids of a caption without start and end; kept, because training sees the same captions again."""

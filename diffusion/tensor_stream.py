@@ -1,0 +1,83 @@
+"""How are many tensors written to one safetensors file while only a few of them are in memory?
+
+The header needs names, shapes and types alone, so it is written first and every tensor then goes to its place.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.files import atomic_write
+from diffusion.pretrained.weight_files import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PORTION = 2**22  # elements that are cast at once
+
+
+class Slot(NamedTuple):
+    """Shape and type of a tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_stream(
+    path: str | Path,
+    slots: Mapping[str, Slot],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tensors`, in any order and each cast to its slot's type, as one safetensors file, atomically.
+
+    Raises ValueError where they are not those of `slots`. Wider types lie first, so that every tensor is aligned.
+    """
+    names = sorted(slots, key=lambda name: (-slots[name].dtype.itemsize, name))
+    offsets, at = {}, 0
+    for name in names:
+        offsets[name] = at
+        at += slots[name].nbytes
+    header = _header(names, slots, offsets, metadata or {})
+    with atomic_write(path) as partial, open(partial, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + at)
+        waiting = set(slots)
+        for name, tensor in tensors:
+            if name not in waiting or tuple(tensor.shape) != slots[name].shape:
+                raise ValueError(f"{name} {list(tensor.shape)} was not announced, or came twice or in another shape")
+            waiting.remove(name)
+            file.seek(len(header) + offsets[name])
+            _write(file, tensor, slots[name].dtype)
+        if waiting:
+            raise ValueError(f"{len(waiting)} tensors never came, such as {min(waiting)}")
+
+
+def _header(
+    names: list[str], slots: Mapping[str, Slot], offsets: Mapping[str, int], metadata: Mapping[str, str]
+) -> bytes:
+    entries = {"__metadata__": dict(metadata)} if metadata else {}
+    for name in names:
+        begin = offsets[name]
+        shape, dtype = slots[name]
+        entries[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, begin + slots[name].nbytes],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    for part in [flat] if flat.dtype == dtype else flat.split(PORTION):
+        if part.numel():
+            file.write(part.to(dtype).view(torch.uint8).numpy().data)
