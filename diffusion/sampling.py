@@ -98,6 +98,7 @@ def step(
     s_noise: float = 1.0,
     churn: float = 0.0,
     time_of: TimeOf = _untold,
+    parameterization: str = "eps",
     ask: Callable[[float, float], float] = max,
 ) -> tuple[Tensor, History]:
     """Carry x (B, C, H, W) from timestep t to s: s < t denoises, s > t inverts. Differentiable.
@@ -108,7 +109,7 @@ def step(
     nothing with variance="posterior" and the variance of `last_variances` otherwise. No noise is drawn for eta = 0 or
     on the move to CLEAN. `s_noise` multiplies all noise. `churn` > 0 first adds noise until sigma/alpha has grown by
     this share (EDM, 2206.00364, algorithm 2), but not beyond the last timestep. `time_of` (`Schedule.time_of`) is
-    needed for that, and by solvers that ask between t and s.
+    needed for that, and by solvers that ask between t and s; `parameterization` by those that mix its own answers.
     """
     solver = find_solver(solver)
     eta = solver.eta if eta is None else eta
@@ -128,7 +129,8 @@ def step(
         p = denoise(x, ask(t, s))
         p = Prediction.from_eps(x, p.eps, here, p.var_frac)
     history = ((t, p), *history[:3])
-    belief = solver(denoise, level, x, t, s, history, eta=eta, time_of=time_of, draw=draw)
+    known = {"eta": eta, "time_of": time_of, "draw": draw, "parameterization": parameterization}
+    belief = solver(denoise, level, x, t, s, history, **known)
     mean, var = transition(belief, here, there, eta, variance, solver.law)
     if shift is not None and s == CLEAN and len(history) > 1 and variance != "posterior":
         before = variances(level(history[1][0]), here)[1]
@@ -317,6 +319,7 @@ class Sampler:
             noise=noise.brownian() if self.noise == "brownian" else noise,
             s_noise=self.s_noise,
             time_of=diffusion.schedule.time_of,
+            parameterization=diffusion.parameterization,
             **step_kwargs,
         )
 

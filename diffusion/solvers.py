@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Levels
-from .process import Prediction, fresh_variance, mix, transition
+from .guidance import Levels, is_noise
+from .process import Prediction, fresh_variance, mix, target, transition
 from .schedule import CLEAN, Level
 
 History = tuple[tuple[float, Prediction], ...]
@@ -31,7 +31,8 @@ class Solver:
     """One way to believe, and what is to know about it before it is chosen.
 
     `belief(denoise, level, x, t, s, history)` may ask by keyword for what the step knows: `eta`, `time_of` (the
-    timestep of a value of sigma/alpha) and `draw`. `law` is what eta means to `process.transition`.
+    timestep of a value of sigma/alpha), `draw`, `parameterization` (of the network). `law` is what eta means to
+    `process.transition`.
     """
 
     name: str
@@ -116,6 +117,11 @@ def _bare(level: Levels, t: float, s: float) -> bool:
     return s == CLEAN or level(t).alpha == 0
 
 
+def _far(level: Levels, t: float, s: float) -> bool:
+    """Say the same of an end that has hardly any signal: eps changes little there, but rho falls by thousands."""
+    return s == CLEAN or is_noise(level(t))
+
+
 def _points(level: Levels, history: History, order: int) -> list[tuple[float, Prediction]]:
     """The newest answers, at most `order`, by log rho. One at zero SNR is infinitely far away: its weight is 0."""
     points = [(_log_rho(level(t)), p) for t, p in history[:order]]
@@ -138,7 +144,7 @@ def euler(denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, histo
 def heun(denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History) -> Prediction:
     """The mean of eps at both ends: EDM (2206.00364) algorithm 1."""
     p = history[0][1]
-    if _bare(level, t, s):
+    if _far(level, t, s):
         return p
     q = _ask(denoise, level, p, t, s)
     return Prediction.from_eps(x, (p.eps + q.eps) / 2, level(t), p.var_frac)
@@ -156,7 +162,7 @@ def dpm2(
 ) -> Prediction:
     """The eps of the middle: DPM-Solver-2 (2206.00927) and, with eta, k-diffusion's DPM2 ancestral."""
     p = history[0][1]
-    if _bare(level, t, s):
+    if _far(level, t, s):
         return p
     return Prediction.from_eps(x, _middle(denoise, level, p, t, s, eta, time_of).eps, level(t), p.var_frac)
 
@@ -176,7 +182,7 @@ def dpm3(
 ) -> Prediction:
     """DPM-Solver-3 (2206.00927, algorithm 2 with r1 = 1/3, r2 = 2/3): what k-diffusion's dpm_fast is made of."""
     p, here = history[0][1], level(t)
-    if _bare(level, t, s):
+    if _far(level, t, s):
         return p
     first, last = _log_rho(here), _log_rho(level(s))
     third, two_thirds = (time_of(math.exp(first + r * (last - first))) for r in (1 / 3, 2 / 3))
@@ -241,25 +247,47 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 def plms(
-    denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History, *, order: int = 4
+    denoise: Denoiser,
+    level: Levels,
+    x: Tensor,
+    t: float,
+    s: float,
+    history: History,
+    *,
+    order: int = 4,
+    kind: str = "eps",
+    parameterization: str = "eps",
 ) -> Prediction:
-    """Adams-Bashforth for even steps on eps (PNDM, 2202.09778), as in latent-diffusion: the first step is Heun's."""
+    """Adams-Bashforth for even steps on eps (PNDM, 2202.09778), as in latent-diffusion: the first step is Heun's.
+
+    `kind`: "eps", or "own": what the network answers itself, as diffusers mixes, which differs where that is v.
+    """
+    p, answers = history[0][1], history
     if len(history) == 1 and order > 1:
-        return heun(denoise, level, x, t, s, history)
-    if level(t).alpha == 0:
-        return history[0][1]
-    weights = ADAMS_BASHFORTH[min(order, len(history)) - 1]
-    eps = sum(w * p.eps for w, (_, p) in zip(weights, history, strict=False))
-    return Prediction.from_eps(x, eps, level(t), history[0][1].var_frac)
+        if _far(level, t, s):
+            return p
+        answers, weights = ((s, _ask(denoise, level, p, t, s)), *history), (1 / 2, 1 / 2)
+    elif level(t).alpha == 0:
+        return p
+    else:
+        weights = ADAMS_BASHFORTH[min(order, len(history)) - 1]
+    mixed = parameterization if kind == "own" and parameterization in _READ else "eps"
+    answer = sum(w * target(mixed, q.x0, q.eps, level(k)) for w, (k, q) in zip(weights, answers, strict=False))
+    return _READ[mixed](x, answer, level(t), p.var_frac)
+
+
+_READ = {"eps": Prediction.from_eps, "x0": Prediction.from_x0, "v": Prediction.from_v}
 
 
 def pndm(denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History) -> Prediction:
     """PLMS whose first three steps are Runge-Kutta's of fourth order (PNDM, 2202.09778, algorithm 2)."""
     p = history[0][1]
-    if len(history) == 4 or _bare(level, t, s):
-        return plms(denoise, level, x, t, s, history) if len(history) == 4 else p
-    # A trained timestep in the middle, where the ends are: as diffusers rounds.
-    middle = t - (t - s) // 2 if isinstance(t, int) and isinstance(s, int) else (t + s) / 2
+    if len(history) == 4:
+        return plms(denoise, level, x, t, s, history)
+    if _far(level, t, s):
+        return p
+    # Trained timesteps have a trained one in the middle, rounded as in diffusers.
+    middle = s + (t - s) // 2 if isinstance(t, int) and isinstance(s, int) else (t + s) / 2
     a = _ask(denoise, level, p, t, middle).eps
     b = _ask(denoise, level, Prediction.from_eps(x, a, level(t)), t, middle).eps
     c = _ask(denoise, level, Prediction.from_eps(x, b, level(t)), t, s).eps
@@ -270,9 +298,9 @@ def lms(
     denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History, *, order: int = 4
 ) -> Prediction:
     """Adams-Bashforth for any steps: eps is a polynomial in rho (k-diffusion's LMS)."""
-    if level(t).alpha == 0:
-        return history[0][1]
     points = [(math.exp(u), p.eps) for u, p in _points(level, history, order)]
+    if len(points) < 2:
+        return history[0][1]
     last = level(s).sigma / level(s).alpha
     return Prediction.from_eps(x, _mean(points, points[0][0], last, lambda u: 1.0), level(t), history[0][1].var_frac)
 
@@ -281,9 +309,9 @@ def deis(
     denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History, *, order: int = 3
 ) -> Prediction:
     """eps is a polynomial in log rho: DEIS (2204.13902), its "rho AB" in the form that diffusers runs."""
-    if _bare(level, t, s):
-        return history[0][1]
     points = [(u, p.eps) for u, p in _points(level, history, order)]
+    if s == CLEAN or len(points) < 2:
+        return history[0][1]
     eps = _mean(points, points[0][0], _log_rho(level(s)), math.exp)
     return Prediction.from_eps(x, eps, level(t), history[0][1].var_frac)
 
@@ -329,7 +357,7 @@ def dpmpp_multistep(
     """
     p = history[0][1]
     points = _points(level, history, order)
-    if _bare(level, t, s) or len(points) == 1:
+    if s == CLEAN or len(points) < 2:
         return p
     h = points[0][0] - _log_rho(level(s))
     slopes = [(a.x0 - b.x0) * (h / (v - u)) for (u, a), (v, b) in pairwise(points)]
@@ -411,7 +439,10 @@ _BUILT_IN = (
     Solver("dpm3", dpm3, 3, 3, "DPM-Solver-3: what DPM fast is made of", takes_eta=False),
     Solver("dpmpp_2s", dpmpp_2s, 2, 2, "x0 of the middle: DPM-Solver++(2S); with eta=1 its ancestral form"),
     Solver("lms", lms, 4, 1, "eps a polynomial in sigma/alpha: K-LMS", {1: 1, 2: 2, 3: 3, 4: 4}, **_ODE),
-    Solver("plms", plms, 2, 1, "eps by Adams-Bashforth: Stable Diffusion's PLMS", {1: 1, 2: 2, 3: 2, 4: 2}, **_ODE),
+    Solver(
+        *("plms", plms, 2, 1, "eps by Adams-Bashforth: Stable Diffusion's PLMS", {1: 1, 2: 2, 3: 2, 4: 2}),
+        **{"kinds": ("eps", "own"), **_ODE},
+    ),
     Solver("pndm", pndm, 2, 1, "PLMS after three Runge-Kutta steps (of four evaluations)", **_ODE),
     Solver("deis", deis, 3, 1, "eps a polynomial in log(sigma/alpha)", {1: 1, 2: 2, 3: 3, 4: 4}, **_ODE),
     Solver("dpmpp_2m", dpmpp_multistep, 2, 1, "x0 extrapolated: DPM-Solver++(2M)", kinds=_SECOND, **_ODE),
