@@ -188,9 +188,7 @@ def with_parameterization(
     if recognised is not None and recognised.parameterization is None:
         said = answer if given is None else given
         if given is None and not silent:
-            print(
-                f"parameterization={answer}: the file does not say, so the network was asked ({how})", file=sys.stderr
-            )
+            print(f"parameterization={answer}, as the network answers, since no file says ({how})", file=sys.stderr)
         model = as_predicting(model, said)
     if answer != said and not silent:
         warnings.warn(
