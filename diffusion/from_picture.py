@@ -211,7 +211,8 @@ def _node_words(group: str, node: Mapping[str, Any]) -> list[str]:
              if base.get("_target_") == node.get("_target_")}  # fmt: skip
     chosen = min(alike, key=alike.get)
     words = [f"{group}={chosen}", *(f"++{word(f'{group}.{key}', value)}" for key, value in node.items())]
-    return words + [f"~{group}.{key}" for key in options[chosen] if key not in node]
+    # Hydra cannot take away what is null, which is as good as not there.
+    return words + [f"~{group}.{key}" for key, value in options[chosen].items() if key not in node and value is not None]
 
 
 def word(key: str, value: Any) -> str:
