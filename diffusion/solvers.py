@@ -410,13 +410,14 @@ def _unified(points: list[tuple[float, Tensor]], last: float, kind: str, end: Te
     scale = h / -math.expm1(-h) if kind == "bh1" else 1.0
     if not slopes or scale == math.inf:
         return x0
-    return x0 + scale * sum(w * slope for w, slope in zip(_unipc_weights(ratios, h, scale), slopes, strict=True))
+    # A single weight is 1/2 by convention; beside a point that is infinitely far away it follows from h as others do.
+    single = len(older) + (end is not None) == 1
+    weights = [0.5] if single else _unipc_weights(ratios, h, scale)
+    return x0 + scale * sum(w * slope for w, slope in zip(weights, slopes, strict=True))
 
 
 def _unipc_weights(ratios: list[float], h: float, scale: float) -> list[float]:
-    """Solve UniPC's conditions of order (eq. 5 and theorem 3.1); a single weight is 1/2, whatever h is."""
-    if len(ratios) == 1:
-        return [0.5]
+    """Solve UniPC's conditions of order (2302.04867, eq. 5 and theorem 3.1)."""
     wanted, phi = [], math.expm1(-h) / -h - 1
     for k in range(1, len(ratios) + 1):
         wanted.append(phi * math.factorial(k) / (math.expm1(-h) * scale))
