@@ -325,7 +325,9 @@ def _load_strictly(
 
 def build_empty(node: Mapping[str, Any], allowed: frozenset[str] | set[str] = BUILDABLE) -> nn.Module:
     """Build a module of a config without memory for its weights, on the meta device."""
-    with torch.device("meta"):
+    from diffusion.pretrained.places import Uninitialised
+
+    with torch.device("meta"), Uninitialised():
         return build(node, allowed)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.classifier import Classifier
@@ -133,13 +134,25 @@ MODELS = {
 }
 
 
+DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "zeros_", "ones_", "constant_")
+
+
+class Uninitialised(TorchFunctionMode):
+    """Within this, modules leave out their initial weights, which cost seconds even where there is no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def template(node: Mapping[str, Any]) -> nn.Module:
     """The module of a config node on the meta device: names and shapes without memory. ValueError for bad settings."""
     settings = {name: value for name, value in node.items() if not name.startswith("_")}
     if (target := node.get("_target_")) not in MODELS:
         raise ValueError(f"{target} is no network that foreign files hold; those are {', '.join(MODELS)}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialised():
             return MODELS[target](**settings)
     except (TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"no network of ours has these sizes: {str(error)[:300]}") from error

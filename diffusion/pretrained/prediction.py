@@ -54,6 +54,9 @@ def read_schedule(file: WeightFile, family: Family, parameterization: str | None
     ends = torch.tensor(family.betas, dtype=torch.float64)
     if len(betas) == 1000 and torch.allclose(betas[[0, -1]], ends, rtol=tolerance, atol=0):
         return node
+    if not bool(((betas > 0) & (betas <= 1)).all()):
+        notes.append(f"its betas, {betas.min():.3g} to {betas.max():.3g}, are no schedule; {family.title}'s is taken")
+        return node
     found = schedule_node(betas)
     notes.append(f"its own schedule of {len(betas)} betas, {betas[0]:.6g} to {betas[-1]:.6g}, is taken")
     return found
