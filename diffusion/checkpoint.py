@@ -5,7 +5,7 @@ Loading builds only classes on an allow-list from the config that `model_file.py
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from diffusion.model_file import (
     save_model,
     weights_hash,
 )
+from diffusion.pretrained.weight_files import WeightFile, open_weights
 
 __all__ = [
     "BUILDABLE",
@@ -49,6 +50,8 @@ __all__ = [
     "save_model",
     "weights_hash",
 ]
+
+ALIGNED = 64  # bytes, at multiples of which PyTorch's own memory begins
 
 # The only callables a checkpoint's config may name; each takes plain numbers, words and other entries of this list.
 BUILDABLE: frozenset[str] = frozenset(
@@ -307,16 +310,23 @@ def _load_strictly(
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(f"{header.path} does not fit the {network}, {len(problems)} keys:\n  {listing}")
+    names = {clean(key): key for key in header.shapes}
+    if assign:
+        file = open_weights(header.path)
+        for prefix, module in modules.items():
+            templates = module.state_dict()
+            assign_weights(module, {key: _from(file, names[prefix + key], like) for key, like in templates.items()})
+        return
     try:
-        weights = {clean(key): tensor for key, tensor in load_file(header.path).items()}
+        weights = load_file(header.path)
     except SafetensorError as error:
         raise ValueError(f"{header.path} is damaged ({error}); take another copy of the file") from error
     for prefix, module in modules.items():
-        state = {key: weights[prefix + key] for key in states[prefix]}
-        if assign:
-            assign_weights(module, state)
-        else:
-            module.load_state_dict(state, strict=True)
+        module.load_state_dict({key: weights[names[prefix + key]] for key in states[prefix]}, strict=True)
+
+
+def _from(file: WeightFile, name: str, like: Tensor) -> Tensor:
+    return ordered(mapped(lambda own: file.read(name, own=own), like), like)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,6 +353,16 @@ def assign_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         for key, buffer in owner.named_buffers(recurse=False):
             if buffer.is_meta and not buffer.numel():  # empty ones, which no file holds
                 setattr(owner, key, torch.empty_like(buffer, device="cpu"))
+
+
+def mapped(read: Callable[[bool], Tensor], like: Tensor, *, changed: bool = False) -> Tensor:
+    """A tensor of a file, by `read(own)` as of `WeightFile.read`: the mapped memory itself where that can stay.
+
+    It cannot where `like` has another order of memory or where it is `changed` otherwise. What lies at an odd address
+    is copied: the last bits of a matrix product depend on it, and a model must answer alike from whatever file.
+    """
+    tensor = read(changed or not like.is_contiguous())
+    return tensor if tensor.data_ptr() % ALIGNED == 0 or not like.is_contiguous() else read(True).clone()
 
 
 def ordered(tensor: Tensor, like: Tensor) -> Tensor:

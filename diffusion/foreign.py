@@ -8,13 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import LoadedModel, assign_weights, build, build_empty, ordered
+from diffusion.checkpoint import LoadedModel, assign_weights, build, build_empty, mapped, ordered
 from diffusion.model_file import Part, git_commit, package_version
 from diffusion.pretrained.keymap import SAME, Rule
 from diffusion.pretrained.recognise import Place, Recognised, recognise
@@ -240,10 +241,10 @@ def fill(
             templates = module.state_dict()
             state = {}
             for rule in place.table.rules:
-                like = templates[rule.ours]
-                changes = rule.transform is not SAME or not like.is_contiguous() or dtype is not None
-                tensor = read_ours(place, rule, own=changes).to(device)
-                state[rule.ours] = ordered(tensor.to(_type(tensor, dtype)), like)
+                changed = rule.transform is not SAME or dtype is not None
+                like, read = templates[rule.ours], partial(read_ours, place, rule)
+                tensor = mapped(lambda own, read=read: read(own=own), like, changed=changed)
+                state[rule.ours] = ordered(tensor.to(device, _type(tensor, dtype)), like)
             assign_weights(module, state)
     for name, module in modules.items():
         empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]

@@ -15,6 +15,7 @@ from diffusion.files import atomic_write
 from diffusion.pretrained.weight_files import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNED = 64  # bytes
 PORTION = 2**22  # elements that are cast at once
 
 
@@ -37,9 +38,10 @@ def write_stream(
 ) -> None:
     """Write `tensors`, in any order and each cast to its slot's type, as one safetensors file, atomically.
 
-    Raises ValueError where they are not those of `slots`. Wider types lie first, so that every tensor is aligned.
+    Raises ValueError where they are not those of `slots`. Tensors whose bytes are a multiple of 64 lie first and so at
+    such multiples, which processors read fastest when the file is mapped; the others follow, wider types first.
     """
-    names = sorted(slots, key=lambda name: (-slots[name].dtype.itemsize, name))
+    names = sorted(slots, key=lambda name: (slots[name].nbytes % ALIGNED > 0, -slots[name].dtype.itemsize, name))
     offsets, at = {}, 0
     for name in names:
         offsets[name] = at
@@ -72,7 +74,7 @@ def _header(
             "data_offsets": [begin, begin + slots[name].nbytes],
         }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % ALIGNED)
     return len(text).to_bytes(8, "little") + text
 
 
