@@ -1,4 +1,4 @@
-"""latent-diffusion's own numbers: beta schedules, registered buffers, DDIM grids and trajectories, img2img."""
+"""latent-diffusion's own numbers: beta schedules, registered buffers, DDIM grids and trajectories, PLMS, img2img."""
 
 from itertools import pairwise
 
@@ -134,6 +134,18 @@ def test_ddim_trajectories(name):
         assert_close(history[0][1].x0, case["out.pred_x0"][k], 1e-5, f"x0 at step {k}")
     assert_close(x, case["out.final"], 1e-5)
     assert seen == case["out.model_t"].tolist()
+
+
+@pytest.mark.parametrize("name", names("ldm_samplers/plms_*"))
+def test_plms_trajectories(name):
+    case, config = load(name), load(name).config
+    schedule, seen = sd_schedule(config), []
+    denoise = guided_toy(case, schedule, config["cfg_scale"], seen)
+    grid = schedule.timesteps(config["steps"], {"uniform": "ldm", "quad": "ldm_quad"}[config["discretize"]], final=0)
+    for k, state in enumerate(sample(denoise, case["in.x_T"].double(), grid, schedule.level, solver="plms")):
+        assert_close(state.x, case["out.x"][k], 1e-5, f"x after step {k}")
+    assert_close(state.x, case["out.final"], 1e-5)
+    assert seen == case["out.model_t"].tolist()  # twice in the first step
 
 
 @pytest.mark.parametrize("name", names("ldm_samplers/img2img_*"))
