@@ -61,7 +61,7 @@ def sections(prompt: str) -> list[list[Span]]:
         bracket = "(" if kind == "weight" else {")": "(", "]": "["}.get(text)
         begin = _last(opened, bracket) if bracket else None
         if begin is None:
-            _append(spans, text[1:] if kind == "escaped" else text, literal=kind is not None)
+            _append(spans, text[1:] if kind == "escaped" else text)
             continue
         _multiply(spans, begin, _number(match["weight"], prompt) if kind == "weight" else FACTORS[bracket])
     for bracket, begin in sorted(opened):  # round ones first, so that rounding is the same, too
@@ -77,8 +77,8 @@ def _last(opened: list[tuple[str, int]], bracket: str) -> int | None:
     return None
 
 
-def _append(spans: list[Span | None], text: str, *, literal: bool) -> None:
-    for i, part in enumerate([text] if literal else BREAK.split(text)):
+def _append(spans: list[Span | None], text: str) -> None:
+    for i, part in enumerate(BREAK.split(text)):
         if i:
             spans.append(None)
         spans.append(Span(part))

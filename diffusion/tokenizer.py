@@ -115,7 +115,7 @@ def _clip() -> Any:
 
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's tokens with their ids, and its merges in order, as transformers writes them to vocab.json and merges.txt."""
+    """CLIP's tokens with their ids, and its merges in order, as in transformers' vocab.json and merges.txt."""
     clip = _clip()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return {special.get(word, word): i for word, i in clip.encoder.items()}, [" ".join(pair) for pair in clip.bpe_ranks]
@@ -128,7 +128,7 @@ def _encoded(caption: str) -> tuple[int, ...]:
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's tokens.
+    """CLIP's tokens; ftfy mends the text first (curly quotes, ligatures), as in open_clip and, if there, transformers.
 
     pad: "end" repeats the end token (Stable Diffusion 1, OpenAI's CLIP in transformers), "zero" writes 0 (open_clip,
     Stable Diffusion 2, SDXL's second encoder). A `vocab_size` below CLIP's folds the ids into it (the hashing trick),

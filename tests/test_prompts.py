@@ -115,6 +115,7 @@ def test_a_full_window_ends_at_a_comma_if_that_is_near():
     assert lengths(text(75, 60)) == [75]
     assert lengths(text(80, 60, 76)) == [75, 5]  # the token that does not fit is a comma itself
     assert lengths(text(160, 60, 130)) == [60, 70, 30]
+    assert lengths(text(160, 60)) == [60, 75, 25]
 
 
 def test_a_break_starts_a_window_even_an_empty_one():

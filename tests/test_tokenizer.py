@@ -25,6 +25,29 @@ def test_tokens_are_open_clips_but_for_the_padding():
     assert torch.equal(ended[1:3][theirs[1:3] != 0], theirs[1:3][theirs[1:3] != 0])
 
 
+PROMPTS = [
+    "a photo of an astronaut riding a horse on mars, (masterpiece:1.2), [bad], \\(x\\)",
+    "A  Photo, of a CAT's dog!!! don't we'll -- 12345 6.7 #1 100%",
+    "\u00fcn\u00efc\u00f6d\u00e9 e\u0301tude \u4e2d\u6587 \u2603 \U0001f600",
+    "tab\tnew\nline snow_white 3d-model",
+    "a" * 60,
+    "",
+]
+
+
+@pytest.mark.parametrize("pad", ["end", "zero"])
+def test_tokens_are_transformers_but_for_what_ftfy_mends(pad):
+    from sd_cases import tokenizer
+
+    peer = tokenizer("<|endoftext|>" if pad == "end" else "!")
+    # Where "!" is its padding, transformers reads it as padding in a text, too; open_clip's, the original, does not.
+    prompts = PROMPTS if pad == "end" else [prompt.replace("!", "") for prompt in PROMPTS]
+    theirs = peer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(ClipTokenizer(pad=pad)(prompts), theirs)
+    curly = "it\u2019s"  # transformers without ftfy reads it as three bytes, open_clip as an apostrophe
+    assert _encoded(curly) == _encoded("it's") and peer(curly).input_ids[1:-1] != list(_encoded("it's"))
+
+
 def test_a_small_vocabulary_folds_the_words_and_ends_with_start_and_end():
     full, small = ClipTokenizer(16), ClipTokenizer(16, vocab_size=1000)
     ids, folded = full(CAPTIONS), small(CAPTIONS)
