@@ -38,6 +38,7 @@ DDIM_V = {
     "clip_sample": False,
     "prediction_type": "v_prediction",
     "set_alpha_to_one": False,
+    "skip_prk_steps": True,
     "steps_offset": 1,
 }
 EULER_XL = {
@@ -161,7 +162,12 @@ def peer(name: str = "sd1", pipeline: str | None = None) -> Any:
     import diffusers
 
     silence()
-    pipe = getattr(diffusers, pipeline or KINDS[name].pipeline).from_pretrained(folder(name))
+    kind = KINDS[name]
+    if pipeline in (None, kind.pipeline):
+        pipe = getattr(diffusers, kind.pipeline).from_pretrained(folder(name))
+    else:
+        told = {key: value for key, value in kind.extra.items() if key.startswith("requires")}
+        pipe = getattr(diffusers, pipeline)(**peer(name).components, **told)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,215 @@
+"""Tiny Stable Diffusions that diffusers built and saved: our pictures are those of its pipelines, byte for byte or one.
+
+Same prompt and negative prompt, same starting noise, classifier-free guidance of 7.5 and 20 steps; the grids are those
+that diffusers makes of the published schedulers' configs.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sd_cases
+import torch
+from sd_cases import NEGATIVE, PROMPT, SIZE
+from torch import Tensor
+
+from diffusion.checkpoint import build
+from diffusion.images import to_uint8
+from diffusion.own_settings import sampler_node
+from diffusion.pipeline import LatentDiffusion
+from diffusion.sampling import SampleNoise, Sampler
+
+STEPS, SCALE, IMAGE_SCALE, STRENGTH = 20, 7.5, 1.5, 0.6
+BYTE = 1 / 255  # of pictures in [0, 1]
+CLOSE = BYTE / 50
+FAMILIES = ["sd1", "sd2-v", "sdxl-base"]
+PEERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+# Where a config names no spacing, as those of Stable Diffusion 1 and 2, these schedulers take one of their own. With
+# it, k-diffusion's start from noise of the variance that it has at the first level, a hair less than our 1.
+UNSPACED = {"lms": "normal", "euler": "normal", "dpmpp_2m": "linspace"}
+
+
+FAST = {  # those that are no slow tests
+    *(("sd1", kind) for kind in PEERS),
+    *(("sd2-v", "ddim"), ("sd2-v", "pndm"), ("sdxl-base", "euler")),
+}
+
+
+def cases(names: list[str], kinds: Any = PEERS, fast: Any = FAST) -> list[Any]:
+    """(name, kind), all that are not in `fast` marked as slow."""
+    pairs = [(name, kind) for name in names for kind in kinds]
+    return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
+
+
+@functools.cache
+def sampler(name: str, kind: str) -> Sampler:
+    """The sampler of configs/sampler that does what this scheduler does with the model's published config."""
+    changes = [f"sampler.num_steps={STEPS}"]
+    if kind in UNSPACED and not name.startswith("sdxl"):
+        changes += [f"sampler.spacing={UNSPACED[kind]}", "sampler.offset=0"]
+    node = sampler_node(f"diffusers_{kind}", changes)
+    return build(node, {node["_target_"]})
+
+
+@functools.cache
+def model(name: str) -> LatentDiffusion:
+    return LatentDiffusion.load(sd_cases.folder(name), device="cpu", dtype="float32", silent=True)
+
+
+def starts(*seeds: int) -> Tensor:
+    """What our sampler starts from with these seeds."""
+    return SampleNoise(seeds).initial((4, SIZE // 8, SIZE // 8))
+
+
+def theirs(name: str, kind: str, *, pipeline: str | None = None, **asked: Any) -> Tensor:
+    """diffusers' pictures (B, 3, H, W) in [0, 1]."""
+    import diffusers
+
+    pipe = sd_cases.peer(name, pipeline)
+    pipe.scheduler = getattr(diffusers, PEERS[kind]).from_config(sd_cases.KINDS[name].scheduler)
+    common = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "pt"}
+    return pipe(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, **common, **asked}).images
+
+
+def ours(name: str, kind: str, **asked: Any) -> Tensor:
+    """Our pictures, likewise."""
+    asked = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": SCALE, **asked}
+    return (model(name)(**asked, sampler=sampler(name, kind)) / 2 + 0.5).clamp(0, 1)
+
+
+def assert_same(got: Tensor, expected: Tensor, within: float = CLOSE) -> None:
+    """Equal pixel by pixel, within a fiftieth of a byte's step unless told otherwise."""
+    assert got.shape == expected.shape
+    error = (got - expected).abs() * 255
+    largest, mean = error.max().item(), error.mean().item()
+    print(f"off by {largest:.4f} of 255 at most, {mean:.5f} on average")
+    assert largest <= 255 * within, f"off by {largest:.2f} of 255 at most, {mean:.3f} on average"
+
+
+# --- text to image ---------------------------------------------------------------------------------------------------
+
+
+SQUARE = {"height": SIZE, "width": SIZE}
+
+
+@pytest.mark.parametrize(("name", "kind"), cases(FAMILIES))
+def test_the_picture_of_a_prompt_is_that_of_diffusers(name, kind):
+    k_start = kind in ("lms", "euler") and not name.startswith("sdxl")
+    expected = theirs(name, kind, latents=starts(0), **SQUARE)
+    assert_same(ours(name, kind, **SQUARE), expected, BYTE if k_start else CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["lms", "euler"])
+def test_the_picture_is_closer_still_from_a_start_of_the_first_levels_variance(kind):
+    at = model("sd1").diffusion.schedule.level(999)
+    expected = theirs("sd1", kind, latents=starts(0) / at.sigma, **SQUARE)
+    assert_same(ours("sd1", kind, **SQUARE), expected)
+
+
+@pytest.mark.parametrize("name", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
+def test_pictures_of_a_batch_without_a_negative_prompt_are_those_of_diffusers(name):
+    asked = {"prompt": [PROMPT, ""], "negative_prompt": None, **SQUARE}
+    expected = theirs(name, "ddim", latents=starts(5, 6), **asked)
+    assert_same(ours(name, "ddim", seed=5, batch_size=2, **asked), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_peers_picture_hangs_on_all_that_it_is_asked_and_is_neither_flat_nor_saturated(name):
+    drawn = {"latents": starts(0), "num_inference_steps": 5, **SQUARE}
+    base = theirs(name, "ddim", **drawn)
+    assert base.std() > 0.1
+    assert ((base == 0) | (base == 1)).float().mean() < 0.1
+    for change in ({"prompt": "a cat"}, {"negative_prompt": "ugly"}, {"guidance_scale": 7.0}, {"latents": starts(1)}):
+        assert (theirs(name, "ddim", **{**drawn, **change}) - base).abs().max() > 4 * BYTE, change
+
+
+# --- from pictures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """The picture and its mask as files, as ours takes them."""
+    from PIL import Image
+
+    image, white = to_uint8(sd_cases.picture()[None])[0], sd_cases.mask()[0].byte().numpy() * 255
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    return {"image": str(tmp_path / "image.png"), "mask": str(tmp_path / "mask.png")}
+
+
+@pytest.fixture
+def same_noise(monkeypatch) -> None:
+    """The pipelines that start from pictures draw their noise themselves: let it be what ours draws for seed 0."""
+    import diffusers.pipelines as pipelines
+
+    for name in ("img2img", "inpaint"):
+        for module in (
+            getattr(pipelines.stable_diffusion, f"pipeline_stable_diffusion_{name}"),
+            getattr(pipelines.stable_diffusion_xl, f"pipeline_stable_diffusion_xl_{name}"),
+        ):
+            monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: starts(0))
+
+
+@pytest.fixture
+def fresh_history(monkeypatch) -> None:
+    """Two peers take it that steps were made before the picture's: LMS sums the first of four coefficients alone, and
+    PNDM asks twice at the second timestep of the whole grid. Let them begin where the picture does.
+    """
+    import diffusers
+    from diffusers.pipelines import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+
+    def begin(scheduler, index):
+        scheduler.sigmas, scheduler.timesteps = scheduler.sigmas[index:], scheduler.timesteps[index:]
+        scheduler._begin_index = 0
+
+    monkeypatch.setattr(diffusers.LMSDiscreteScheduler, "set_begin_index", begin)
+    for pipeline in (StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline):
+        plain = pipeline.get_timesteps
+
+        def cut(self, num_inference_steps, strength, *rest, plain=plain, **named):
+            if not isinstance(self.scheduler, diffusers.PNDMScheduler):
+                return plain(self, num_inference_steps, strength, *rest, **named)
+            kept = int(num_inference_steps * strength)
+            first, *others = self.scheduler.timesteps.unique().flip(0)[-kept:]
+            return torch.stack([first, others[0], *others]), kept
+
+        monkeypatch.setattr(pipeline, "get_timesteps", cut)
+
+
+def pipeline(name: str, task: str) -> str:
+    """The pipeline that does the task with a model's parts."""
+    return f"StableDiffusion{'XL' * name.startswith('sdxl')}{task}Pipeline"
+
+
+@pytest.mark.parametrize(("name", "kind"), cases([*FAMILIES, "sdxl-refiner"], fast={("sd1", "ddim"), ("sd1", "lms")}))
+def test_image_to_image_is_that_of_diffusers(name, kind, files, same_noise, fresh_history):
+    picture = sd_cases.picture()[None] / 2 + 0.5
+    expected = theirs(name, kind, pipeline=pipeline(name, "Img2Img"), image=picture, strength=STRENGTH)
+    assert_same(ours(name, kind, image=files["image"], strength=STRENGTH), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "strength"),
+    cases(["sd1", "sd1-inpainting", "sdxl-base"], [1.0, STRENGTH], {("sd1", STRENGTH), ("sd1-inpainting", 1.0)}),
+)
+def test_inpainting_is_that_of_diffusers(name, strength, files, same_noise):
+    picture, mask = sd_cases.picture()[None] / 2 + 0.5, sd_cases.mask()[None]
+    asked = {"image": picture, "mask_image": mask, "strength": strength, **SQUARE}
+    expected = theirs(name, "ddim", pipeline=pipeline(name, "Inpaint"), **asked)
+    assert_same(ours(name, "ddim", **files, strength=strength, paste=False), expected)
+
+
+def test_editing_by_instruction_is_that_of_diffusers(files):
+    from diffusion.guidance import TwoScaleGuidance
+
+    name, picture = "instruct-pix2pix", sd_cases.picture()[None] / 2 + 0.5
+    expected = theirs(name, "ddim", image=picture, latents=starts(0), image_guidance_scale=IMAGE_SCALE)
+    guidance = TwoScaleGuidance(SCALE, IMAGE_SCALE)
+    assert_same(ours(name, "ddim", image=files["image"], guidance=guidance), expected)
