@@ -13,7 +13,7 @@ from torch import Tensor
 from .randomness import generator
 from .schedule import Level
 
-HALVINGS = 24  # of an octave; between the last two points the path is a line, a part in 10^5 of a grid's noise
+HALVINGS = 20  # of an octave; between the last two points the path is a line: 1000 steps lose a part in 10^4
 OCTAVES = 30  # above and below sigma/alpha = 1; what lies beyond counts as the end
 
 

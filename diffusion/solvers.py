@@ -41,7 +41,7 @@ class Solver:
     evaluations: int = 1  # of the network, a step
     text: str = ""
     orders: Mapping[int, int] = field(default_factory=dict, hash=False)  # to choose from, and how they converge
-    kinds: tuple[str, ...] = ()  # to choose from
+    kinds: Mapping[str, int] = field(default_factory=dict, hash=False)  # likewise
     takes_eta: bool = True
     takes_churn: bool = True
     eta: float = 0.0  # unless told otherwise
@@ -72,7 +72,8 @@ class Solver:
                 choices = f"must be one of {', '.join(map(str, allowed))}" if allowed else "cannot be chosen"
                 raise ValueError(f"the {name} of solver {self.name} {choices}, got {value}")
         told = options | {k: v for k, v in (("order", order), ("kind", kind)) if v is not None}
-        return replace(self, belief=partial(self.belief, **told), order=self.orders.get(order, self.order))
+        converges = self.orders.get(order) or self.kinds.get(kind) or self.order
+        return replace(self, belief=partial(self.belief, **told), order=converges)
 
     def __call__(
         self, denoise: Denoiser, level: Levels, x: Tensor, t: float, s: float, history: History, **known
@@ -430,7 +431,8 @@ def _unipc_weights(ratios: list[float], h: float, scale: float) -> list[float]:
 
 _ODE = {"takes_eta": False, "takes_churn": False}
 _SDE = {"takes_churn": False, "eta": 1.0}
-_SECOND, _THIRD = ("midpoint", "heun"), ("heun", "exact")
+_SECOND, _THIRD = {"midpoint": 2, "heun": 2}, {"heun": 2, "exact": 3}
+_PLMS = {1: 1, 2: 2, 3: 2, 4: 2}  # of second order whichever it mixes, on grids that are not even in sigma/alpha
 _2M = partial(dpmpp_multistep, order=2)
 _3M = partial(dpmpp_multistep, order=3, kind="heun")
 _BUILT_IN = (
@@ -440,15 +442,12 @@ _BUILT_IN = (
     Solver("dpm3", dpm3, 3, 3, "DPM-Solver-3: what DPM fast is made of", takes_eta=False),
     Solver("dpmpp_2s", dpmpp_2s, 2, 2, "x0 of the middle: DPM-Solver++(2S); with eta=1 its ancestral form"),
     Solver("lms", lms, 4, 1, "eps a polynomial in sigma/alpha: K-LMS", {1: 1, 2: 2, 3: 3, 4: 4}, **_ODE),
-    Solver(
-        *("plms", plms, 2, 1, "eps by Adams-Bashforth: Stable Diffusion's PLMS", {1: 1, 2: 2, 3: 2, 4: 2}),
-        **{"kinds": ("eps", "own"), **_ODE},
-    ),
+    Solver("plms", plms, 2, 1, "eps by Adams-Bashforth: Stable Diffusion's", _PLMS, {"eps": 2, "own": 2}, **_ODE),
     Solver("pndm", pndm, 2, 1, "PLMS after three Runge-Kutta steps (of four evaluations)", **_ODE),
     Solver("deis", deis, 3, 1, "eps a polynomial in log(sigma/alpha)", {1: 1, 2: 2, 3: 3, 4: 4}, **_ODE),
     Solver("dpmpp_2m", dpmpp_multistep, 2, 1, "x0 extrapolated: DPM-Solver++(2M)", kinds=_SECOND, **_ODE),
     Solver("dpmpp_3m", _3M, 2, 1, "x0 extrapolated from three answers: DPM-Solver++(3M)", kinds=_THIRD, **_ODE),
-    Solver("unipc", unipc, 3, 1, "x0 extrapolated, then corrected", {1: 2, 2: 3, 3: 4}, ("bh1", "bh2"), **_ODE),
+    Solver("unipc", unipc, 3, 1, "x0 extrapolated, then corrected", {1: 2, 2: 3, 3: 4}, {"bh1": 3, "bh2": 3}, **_ODE),
     Solver("dpmpp_sde", dpmpp_sde, 2, 2, "x0 of the middle, with noise: DPM-Solver++ SDE", **_SDE),
     Solver("dpmpp_2m_sde", _2M, 2, 1, "DPM-Solver++(2M) with noise", kinds=_SECOND, law="sde", **_SDE),
     Solver("dpmpp_3m_sde", partial(_3M), 2, 1, "DPM-Solver++(3M) with noise", kinds=_THIRD, law="sde", **_SDE),
