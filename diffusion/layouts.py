@@ -1,6 +1,6 @@
 """Where does each tensor of one of our models go in CompVis' single file, in diffusers' folder, and in our own file?
 
-Tables alone, on modules without memory; `conversion.py` moves the tensors.
+Tables alone, on modules without memory; `convert.py` moves the tensors.
 """
 
 from collections.abc import Callable, Mapping
@@ -192,7 +192,8 @@ def plan_diffusers(content: Content) -> Plan:
         table = export_diffusers.autoencoder_table(autoencoder, coder)
         plan.targets.append(Target("autoencoder", f"{folder}/{WEIGHTS}", "", table))
         plan.json[f"{folder}/config.json"] = coder
-    texts = {} if conditioner is None else _diffusers_texts(conditioner, plan)
+    short = bool(content.facts.get("short_text_names"))
+    texts = {} if conditioner is None else _diffusers_texts(conditioner, plan, short=short)
     latent = autoencoder is not None or conditioner is not None
     scheduler = scheduler_json(content.diffusion, published=content.facts.get("scheduler"), latent=latent)
     plan.json["scheduler/scheduler_config.json"] = scheduler
@@ -215,8 +216,8 @@ def plan_diffusers(content: Content) -> Plan:
     return plan
 
 
-def _diffusers_texts(conditioner: nn.Module, plan: Plan) -> dict[str, TextTransformer]:
-    """The encoders by folder, added to the plan with their tokenizers."""
+def _diffusers_texts(conditioner: nn.Module, plan: Plan, *, short: bool) -> dict[str, TextTransformer]:
+    """The encoders by folder, added to the plan with their tokenizers; `short` as in `_text_table`."""
     what = export_diffusers.WHAT
     if isinstance(conditioner, XLConditioner):
         _check_texts(conditioner, what, XL_STATES)
@@ -235,10 +236,17 @@ def _diffusers_texts(conditioner: nn.Module, plan: Plan) -> dict[str, TextTransf
             encoder = _shortened(encoder, len(encoder.blocks) + 1 + text.layer, plan)
         encoders[name] = encoder
         plan.json[f"{name}/config.json"] = text_json(encoder)
-        rules = transformers.text_rules(encoder)
-        plan.targets.append(Target(part, f"{name}/{TEXT_WEIGHTS}", "", KeyMap(encoder, rules)))
+        plan.targets.append(Target(part, f"{name}/{TEXT_WEIGHTS}", "", _text_table(encoder, short)))
         plan.tokenizers[name.replace("text_encoder", "tokenizer")] = text.tokenizer
     return encoders
+
+
+def _text_table(encoder: TextTransformer, short: bool) -> KeyMap:
+    """The names of transformers; `short` those of its version 5, in which CLIPTextModel has lost `text_model.`."""
+    rules = transformers.text_rules(encoder)
+    if short and encoder.projection is None:
+        rules = (Rule(r.ours, tuple(n.removeprefix("text_model.") for n in r.foreign), r.transform) for r in rules)
+    return KeyMap(encoder, rules)
 
 
 def _shortened(encoder: TextTransformer, num_layers: int, plan: Plan) -> TextTransformer:

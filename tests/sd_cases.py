@@ -157,6 +157,15 @@ def folder(
 
 
 @functools.cache
+def single_file(name: str = "sd1", *, dtype: str = "keep") -> Path:
+    """The same model as one file in CompVis' names, which our own `convert` writes."""
+    from diffusion.convert import convert
+
+    path = scratch() / f"{name}-{dtype}.safetensors"
+    return convert(folder(name), path, layout="compvis", dtype=dtype, say=lambda line: None)
+
+
+@functools.cache
 def peer(name: str = "sd1", pipeline: str | None = None) -> Any:
     """diffusers' pipeline loaded from `folder(name)`, silent; `pipeline` names another class for the same parts."""
     import diffusers

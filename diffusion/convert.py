@@ -29,6 +29,7 @@ from diffusion.tensor_stream import Slot, write_stream
 
 LAYOUTS = (*PLANS, "guided-diffusion")
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ASIDE = ("safety_checker", "feature_extractor", "image_encoder")  # folders beside those of the networks
 CARRIED_FILE = "carried.safetensors"  # in a folder, where each network has a file of its own
 # Of training alone and often larger than the model; left out, and said so.
 TRAINING = re.compile(
@@ -55,6 +56,7 @@ class Source:
     tensors: dict[str, Tensors]
     carried: dict[str, Tensors] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)  # what a single file said of itself
+    whole_conditioner: dict[str, Any] | None = None  # the config node where carried layers are put back
     record: dict[str, Any] = field(default_factory=lambda: {"weights": "raw", "step": 0, "ema_decay": None})
     notes: list[str] = field(default_factory=list)
 
@@ -163,7 +165,7 @@ def read_source(path: str | Path, *, weights: str = "auto") -> Source:
     if found.kind not in ("denoiser", "autoencoder"):
         raise ValueError(f"{path} is {found.title}; denoisers and autoencoders are converted")
     check_keys(found)
-    facts = {**found.facts, "linear_projections": linear_projections(found)}
+    facts = {**found.facts, "linear_projections": linear_projections(found), "short_text_names": _short(found)}
     tensors = {}
     for place in found.places:
         for rule in place.table.rules:
@@ -182,6 +184,7 @@ def read_source(path: str | Path, *, weights: str = "auto") -> Source:
         tensors=tensors,
         carried=_leftovers(found, notes),
         metadata=dict(found.files[0].metadata) if found.layout == "compvis" else {},
+        whole_conditioner=_whole_conditioner(found),
         record={
             "weights": "ema" if any("ema" in p.prefix for p in found.places) else "raw",
             "step": 0,
@@ -246,12 +249,31 @@ def _leftovers(found: Recognised, notes: list[str]) -> dict[str, Tensors]:
                 carried[name.removeprefix(CARRIED)] = Tensors(Slot(*entry), _whole(file, name))
             else:
                 carried[f"{found.layout}.{folder}{name}"] = Tensors(Slot(*entry), _whole(file, name))
-    if found.layout == "diffusers" and (Path(found.path) / CARRIED_FILE).is_file():
-        file = open_weights(Path(found.path) / CARRIED_FILE)
+    if (file := _carried_file(found)) is not None:
         carried |= {name: Tensors(Slot(*entry), _whole(file, name)) for name, entry in file.items()}
+    if found.layout == "diffusers" and (aside := [p for p in ASIDE if (Path(found.path) / p).is_dir()]):
+        notes.append(f"{', '.join(aside)}: not part of what is converted, and left out")
     if dropped:
         notes.append(f"{dropped} tensors of its training (averages or raw weights not taken, losses) are left out")
     return carried
+
+
+def _carried_file(found: Recognised) -> WeightFile | None:
+    path = Path(found.path) / CARRIED_FILE
+    return open_weights(path) if found.layout == "diffusers" and path.is_file() else None
+
+
+def _whole_conditioner(found: Recognised) -> dict[str, Any] | None:
+    """The conditioner as it was before layers that it never reads were put aside."""
+    if (file := _carried_file(found)) is None:
+        return None
+    return json.loads(file.metadata.get("diffusion.config", "{}")).get("conditioner")
+
+
+def _short(found: Recognised) -> bool:
+    """Whether the text encoders have the names of transformers 5, without `text_model.`."""
+    texts = (rule.foreign[0] for p in found.places if p.part.startswith("conditioner") for rule in p.table.rules)
+    return any(name.startswith("embeddings.") for name in texts)
 
 
 def _dtype(place: Place, names: tuple[str, ...]) -> torch.dtype:
@@ -383,12 +405,21 @@ def _add_carried(files: dict[str, Writing], name: str, held: Tensors, layout: st
 def _metadata(source: Source, layout: str, dtype: torch.dtype | None) -> dict[str, str]:
     if layout == "ours":
         return _own_metadata(source, dtype)
-    return {"format": "pt", **{k: v for k, v in source.metadata.items() if k != "format"}, **told(source)}
+    return {
+        "format": "pt",
+        **{k: v for k, v in source.metadata.items() if k != "format"},
+        **told(source, restored=True),
+    }
 
 
-def told(source: Source) -> dict[str, str]:
-    """What weights do not tell and a file of another layout should: our config, and what the network predicts."""
+def told(source: Source, *, restored: bool = False) -> dict[str, str]:
+    """What weights do not tell and a file of another layout should: our config, and what the network predicts.
+
+    restored: whether layers that were put aside are in the file again.
+    """
     config = {name: node for name, node in source.config.items() if name in NODES_TOLD}
+    if restored and source.whole_conditioner is not None:
+        config["conditioner"] = source.whole_conditioner
     said = {"diffusion.config": json.dumps(config), "diffusion.facts": json.dumps(dict(source.content.facts))}
     if source.content.diffusion is not None:
         kinds = {"eps": "epsilon", "v": "v", "x0": "sample"}
@@ -437,7 +468,7 @@ def _write_folder(out: Path, plan: Plan, files: Mapping[str, Writing], source: S
         for folder, tokenizer in plan.tokenizers.items():
             write_tokenizer(partial / folder, tokenizer)
         for path, file in files.items():
-            metadata = {"format": "pt"} | (told(source) if path == plan.targets[0].file else {})
+            metadata = {"format": "pt"} | (told(source) if path in (plan.targets[0].file, CARRIED_FILE) else {})
             write_stream(partial / path, file.slots, file.tensors(), metadata)
         os.replace(partial, out)
     finally:
