@@ -56,11 +56,11 @@ def inspect(words: Sequence[str]) -> int:
 
 def convert(words: Sequence[str]) -> int:
     """Write a model in another layout."""
-    from diffusion.convert import convert as write
-
     (source, out), settings = read_words("convert", words)
     if "layout" not in settings:
         raise ValueError(f"convert needs --layout; choose one of {', '.join(LAYOUTS)}")
+    from diffusion.convert import convert as write
+
     print(write(source, out, layout=settings["layout"], dtype=settings.get("dtype", "keep")))
     return 0
 

@@ -313,10 +313,14 @@ def facts_of(
     return facts
 
 
-def heads(width: int, *, linear: bool, family: str) -> dict[str, int]:
-    """How many heads a transformer of this width has, which weights do not tell: the family's convention."""
-    if family == "ldm-class":
-        return {"num_heads": 1}
+def heads(width: int, *, linear: bool, family: str, channels: int = 320) -> dict[str, int]:
+    """How many heads attention of this width has, which weights do not tell: the family's convention.
+
+    channels: the network's first width. Latent diffusion's class-conditional model of 192 has one head, its others and
+    those without conditions heads of width 32.
+    """
+    if family in ("ldm-class", "ldm"):
+        return {"num_heads": 1} if channels == 192 or width % 32 else {"head_channels": 32}
     if not linear:
         return {"num_heads": 8 if width % 8 == 0 else math.gcd(width, 8)}
     return {"head_channels": 64} if width % 64 == 0 else {"num_heads": 1}

@@ -23,6 +23,7 @@ from diffusion.pretrained.export_compvis import autoencoder_table
 from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
 from diffusion.pretrained.folders import recognise_network
 from diffusion.pretrained.keymap import KeyMap, Rule, Transform
+from diffusion.pretrained.nearest import describe_unknown
 from diffusion.pretrained.other_files import recognise_other
 from diffusion.pretrained.places import AVERAGED, Place, Recognised, Shapes, compared, table_in_names, template
 from diffusion.pretrained.prediction import assumed_scale, read_parameterization, read_schedule
@@ -89,16 +90,7 @@ def recognise_file(file: WeightFile, *, weights: str = "auto") -> Recognised:
         return _autoencoder(file, parts.autoencoder)
     if parts.towers:
         return _text(file, parts.towers)
-    raise ValueError(nothing_known(file))
-
-
-def nothing_known(file: WeightFile) -> str:
-    """Words for a file none of whose names is known."""
-    names = ", ".join(list(file)[:3])
-    return (
-        f"{file.path} is no model that is known here: its {len(file)} tensors ({names}, ...) are no UNet "
-        "(input_blocks.* or down_blocks.*), no autoencoder (encoder.*, decoder.*), no CLIP text encoder, no LoRA"
-    )
+    raise ValueError(describe_unknown(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +218,8 @@ def _told_conditioner(
 
 def _settings(file: WeightFile, shapes: Shapes, kind: str, linear: bool) -> dict[str, Any]:
     try:
-        return architecture.unet_settings(shapes, lambda width, _: families.heads(width, linear=linear, family=kind))
+        convention = {"linear": linear, "family": kind, "channels": architecture.width_of(shapes, UNET)}
+        return architecture.unet_settings(shapes, lambda width, _: families.heads(width, **convention))
     except ValueError as error:
         raise ValueError(
             f"{file.path} has a UNet in CompVis' names, but it is damaged or of another kind: {error}"

@@ -1,0 +1,592 @@
+"""Recognising published models: every full-size list in both layouts, every family, and what is none of them."""
+
+import json
+
+import pytest
+import sd_cases
+import torch
+from foreign_cases import full_size, header_only, of_shapes, part_of, write_header
+from golden_cases import key_configs, key_lists
+
+from diffusion.checkpoint import build_empty
+from diffusion.models.unet import UNet
+from diffusion.pretrained import compvis, compvis_autoencoder, diffusers, guided_diffusion, ldm_text
+from diffusion.pretrained.__main__ import main
+from diffusion.pretrained.compare import differences
+from diffusion.pretrained.guided_diffusion_classifier import classifier_config, classifier_flags
+from diffusion.pretrained.places import template
+from diffusion.pretrained.prediction import schedule_node
+from diffusion.pretrained.recognise import recognise
+from diffusion.pretrained.report import report
+from diffusion.pretrained.single_files import recognise_file
+from diffusion.pretrained.weight_files import Entry
+
+CHECKPOINTS = {  # list, delta -> family, parameterization, parts, sizes
+    ("sd15_checkpoint", None): ("sd1", "eps", 3),
+    ("sd15_checkpoint", "sd15_inpainting_delta"): ("sd1-inpainting", "eps", 3),
+    ("sd15_checkpoint", "instruct_pix2pix_delta"): ("instruct-pix2pix", "eps", 3),
+    ("sd21_checkpoint", None): ("sd2", None, 3),
+    ("sdxl_base_checkpoint", None): ("sdxl-base", "eps", 4),
+}
+FOLDERS = {
+    ("sd15_diffusers", None): "sd1",
+    ("sd15_diffusers", "sd15_inpainting_diffusers_delta"): "sd1-inpainting",
+    ("sd15_diffusers", "instruct_pix2pix_diffusers_delta"): "instruct-pix2pix",
+    ("sd21_diffusers", None): "sd2",
+    ("sdxl_base_diffusers", None): "sdxl-base",
+}
+SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+
+
+def unet(**settings):
+    with torch.device("meta"):
+        return UNet(**settings)
+
+
+def same_network(found, settings):
+    """Whether a recognised UNet computes what one with these settings does: heads, norms and all."""
+    assert differences(template(found.config["net"]), unet(**settings)) == []
+
+
+@pytest.mark.parametrize(("keys", "expected"), CHECKPOINTS.items(), ids=lambda value: str(value[1] or value[0]))
+def test_every_full_size_checkpoint_fits_one_to_one_and_is_the_published_network(keys, expected):
+    entries, (family, parameterization, parts) = full_size(*keys), expected
+    found = recognise_file(header_only(entries, values={"betas": BETAS}))
+    assert (found.family, found.parameterization, found.layout, found.kind) == (
+        *(family, parameterization),
+        *("compvis", "denoiser"),
+    )
+    assert found.fits and not found.absent and len(found.places) == parts, (found.missing, found.unexpected)
+    used = [name for place in found.places for name in place.names]
+    assert len(used) == len(set(used)) and set(used) | set(found.harmless) == set(entries)
+    config = key_configs()[keys[0]] | {"in_channels": found.config["net"]["in_channels"]}
+    same_network(found, compvis.unet_config(config))
+    for node in ("net", "autoencoder", "conditioner"):
+        build_empty(found.config[node])
+
+
+@pytest.mark.parametrize("name", [name for name in key_lists() if name.startswith("adm_")])
+def test_every_full_size_list_of_guided_diffusion_fits_and_is_its_recipe(name):
+    found = recognise_file(header_only(full_size(name), f"{name}.pt"))
+    assert found.fits and found.layout == "guided-diffusion"
+    flags = key_configs()[name]
+    if "classifier" in name:
+        assert found.kind == "classifier" and found.facts["shape"] == [3, flags["image_size"], flags["image_size"]]
+        theirs = build_empty(
+            {"_target_": found.config["classifier"]["_target_"], **classifier_config(classifier_flags(flags))}
+        )
+        assert differences(template(found.config["classifier"]), theirs) == []
+        return
+    assert (found.family == f"adm_imagenet{flags['image_size']}") == flags["class_cond"]
+    assert found.config["diffusion"]["variance"] == "learned"
+    assert found.config["diffusion"]["schedule"]["_target_"].endswith("cosine") == ("noise_schedule" in flags)
+    kwargs = guided_diffusion.kwargs_from_flags(
+        {k: v for k, v in flags.items() if k not in ("noise_schedule", "dropout")}
+    )
+    same_network(found, guided_diffusion.unet_config(kwargs))
+
+
+def save_folder(path, name, delta=None, *, variant="", without=(), scheduler=SCHEDULER):
+    """A folder in diffusers' layout of one of the full-size lists, its data holes in the disk."""
+    entries, config = full_size(name, delta), key_configs()[name]
+    configs = {"unet": config["unet"], "vae": config["vae"]}
+    configs |= {folder.strip("/"): text for folder, text in config["text"]}
+    if delta:
+        configs["unet"] = key_configs()[delta]
+    for folder in (folder for folder in configs if folder not in without):
+        stem = "model" if folder.startswith("text") else "diffusion_pytorch_model"
+        write_header(path / folder / f"{stem}{variant}.safetensors", part_of(entries, folder))
+        (path / folder / "config.json").write_text(json.dumps(configs[folder]))
+    (path / "scheduler").mkdir()
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return path
+
+
+@pytest.mark.parametrize(("keys", "family"), FOLDERS.items(), ids=lambda value: str(value))
+def test_every_full_size_folder_fits_one_to_one_with_its_config(keys, family, tmp_path):
+    found = recognise(save_folder(tmp_path, *keys))
+    assert (found.family, found.layout, found.parameterization) == (family, "diffusers", "eps")
+    assert found.fits and not found.absent and not found.harmless
+    config = key_configs()[keys[1] or keys[0]]
+    same_network(found, diffusers.unet_config(config.get("unet", config)))
+    assert found.facts["shape"] == [3, config.get("unet", config)["sample_size"] * 8, *found.facts["shape"][-1:]]
+    assert found.facts["sampler"] == "diffusers_pndm"
+
+
+@pytest.mark.parametrize("name", ["sd15_diffusers", "sd21_diffusers", "sdxl_base_diffusers"])
+def test_sizes_are_read_from_shapes_where_configs_are_missing(name, tmp_path):
+    path = save_folder(tmp_path, name)
+    believed = recognise(path)
+    for config in path.glob("*/config.json"):
+        config.unlink()
+    found = recognise(path)
+    assert found.fits and found.family == believed.family and sum("config.json" in note for note in found.notes) >= 2
+    assert differences(template(found.config["net"]), template(believed.config["net"])) == []
+    assert differences(template(found.config["autoencoder"]), template(believed.config["autoencoder"])) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# families without a list: their published settings, in the names of the tables
+
+XL_REFINER = {
+    "adm_in_channels": 2560,
+    "num_classes": "sequential",
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 384,
+    "attention_resolutions": [4, 2],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 4, 4],
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+    "transformer_depth": 4,
+    "context_dim": 1280,
+}
+LDM_TEXT = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": 2,
+    "attention_resolutions": [4, 2, 1],
+    "channel_mult": [1, 2, 4, 4],
+    "num_heads": 8,
+    "legacy": True,
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "context_dim": 1280,
+}
+LDM_CLASS = {
+    "image_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 192,
+    "num_res_blocks": 2,
+    "attention_resolutions": [8, 4, 2],
+    "channel_mult": [1, 2, 3, 5],
+    "num_heads": 1,
+    "legacy": True,
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "context_dim": 512,
+}
+LDM_CLASS_OLD = LDM_CLASS | {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 256,
+    "channel_mult": [1, 2, 4],
+    "attention_resolutions": [4, 2, 1],
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "legacy": False,
+}
+CODER = {"ch": 128, "out_ch": 3, "in_channels": 3, "resolution": 256, "num_res_blocks": 2, "attn_resolutions": []}
+KL = {"embed_dim": 4, "ddconfig": {**CODER, "z_channels": 4, "ch_mult": [1, 2, 4, 4]}}
+VQ_4 = {"embed_dim": 3, "n_embed": 8192}
+VQ_4 |= {"ddconfig": {**CODER, "z_channels": 3, "ch_mult": [1, 2, 4], "double_z": False}}
+VQ_8 = {"embed_dim": 4, "n_embed": 16384}
+VQ_8 |= {"ddconfig": {**CODER, "z_channels": 4, "ch_mult": [1, 2, 2, 4], "double_z": False, "attn_resolutions": [32]}}
+BERT = {"vocab_size": 30522, "channels": 1280, "num_layers": 32, "num_heads": 8, "head_channels": 64, "max_length": 77}
+BERT |= {"hidden_channels": 5120, **ldm_text.OURS}
+
+
+def model_of(kwargs, autoencoder, others=None):
+    entries = of_shapes(compvis.unet_table(kwargs).foreign_shapes, "model.diffusion_model.")
+    entries |= of_shapes(compvis_autoencoder.autoencoder_table(autoencoder).foreign_shapes, "first_stage_model.")
+    return entries | of_shapes(others or {})
+
+
+def xl_texts(*, first=True):
+    """The text encoders of XL's list, the second one at the refiner's place if it is alone."""
+    names = {n: e for n, e in full_size("sdxl_base_checkpoint").items() if n.startswith("conditioner.")}
+    if first:
+        return {name: entry.shape for name, entry in names.items()}
+    second = "conditioner.embedders.1."
+    return {f"conditioner.embedders.0.{n[len(second) :]}": e.shape for n, e in names.items() if n.startswith(second)}
+
+
+def bert():
+    shapes = ldm_text.text_table(BERT, "compvis").foreign_shapes
+    return {f"cond_stage_model.transformer.{name}": shape for name, shape in shapes.items()}
+
+
+FAMILIES = {
+    "sdxl-refiner": (XL_REFINER, KL, lambda: xl_texts(first=False)),
+    "ldm-text": (LDM_TEXT, KL, bert),
+    "ldm-class": (LDM_CLASS, VQ_4, lambda: {"cond_stage_model.embedding.weight": (1001, 512)}),
+    "ldm-class of 1000 rows": (LDM_CLASS_OLD, VQ_8, lambda: {"cond_stage_model.embedding.weight": (1000, 512)}),
+    "ldm-class with KL": (LDM_CLASS_OLD, KL, lambda: {"cond_stage_model.embedding.weight": (1000, 512)}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_are_known_by_their_published_settings(name):
+    kwargs, autoencoder, others = FAMILIES[name]
+    found = recognise_file(header_only(model_of(kwargs, autoencoder, others())))
+    assert found.family == name.split()[0] and found.fits and not found.absent
+    same_network(found, compvis.unet_config(kwargs))
+    for node in ("net", "autoencoder", "conditioner"):
+        build_empty(found.config[node])
+    if found.family == "ldm-class":
+        assert found.facts["num_classes"] == 1000 and found.config["diffusion"]["schedule"]["beta_end"] == 0.0195
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "family"),
+    [("sd21_checkpoint", 9, "sd2-inpainting"), ("sdxl_base_checkpoint", 9, "sdxl-inpainting")],
+)
+def test_inpainting_models_are_known_by_their_input_channels(name, channels, family):
+    entries = full_size(name)
+    entries["model.diffusion_model.input_blocks.0.0.weight"] = Entry((320, channels, 3, 3), torch.float32)
+    found = recognise_file(header_only(entries, values={"betas": BETAS}))
+    assert found.family == family and found.fits and found.facts["task"] == "inpainting"
+
+
+@pytest.mark.parametrize(("channels", "words"), [(5, "depth"), (7, "upscaler"), (6, "6 input channels")])
+def test_channels_without_a_task_are_named_with_the_nearest_family(channels, words):
+    entries = full_size("sd21_checkpoint")
+    entries["model.diffusion_model.input_blocks.0.0.weight"] = Entry((320, channels, 3, 3), torch.float32)
+    with pytest.raises(ValueError, match=f"(?s){words}.*") as error:
+        recognise_file(header_only(entries, values={"betas": BETAS}))
+    assert "the nearest is Stable Diffusion 2" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what comes along, and which weights are taken
+
+EXTRAS = {
+    "model_ema.decay": Entry((), torch.float32),
+    "model_ema.num_updates": Entry((), torch.int32),
+    "denoiser.sigmas": Entry((1000,), torch.float32),
+    "cond_stage_model.logit_scale": Entry((), torch.float32),
+    "first_stage_model.loss.logvar": Entry((), torch.float32),
+    "optimizer.state.0": Entry((3,), torch.float32),
+}
+
+
+def with_averages(entries):
+    """The list with a full copy of averaged weights, whose names have no dots."""
+    unets = {name: entry for name, entry in entries.items() if name.startswith("model.diffusion_model.")}
+    copies = {"model_ema." + name.removeprefix("model.").replace(".", ""): entry for name, entry in unets.items()}
+    return entries | copies
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, None])
+def test_harmless_keys_are_listed_as_such_and_change_nothing(kind):
+    entries = full_size("sd15_checkpoint") | EXTRAS
+    position = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    entries.pop(position)
+    if kind is not None:
+        entries[position] = Entry((1, 77), kind)
+    found = recognise_file(header_only(entries, values={"betas": BETAS}))
+    assert found.fits and set(EXTRAS) <= set(found.harmless) and (position in found.harmless) == (kind is not None)
+
+
+def test_raw_or_averaged_weights_are_taken_as_asked_or_as_the_original_code_does():
+    stable, pix2pix = (with_averages(full_size("sd15_checkpoint", d)) for d in (None, "instruct_pix2pix_delta"))
+    for entries, weights, averaged in (
+        (stable, "auto", False),
+        (stable, "ema", True),
+        (pix2pix, "auto", True),
+        (pix2pix, "raw", False),
+    ):
+        found = recognise_file(header_only(entries, values={"betas": BETAS}), weights=weights)
+        assert found.fits and found.places[0].prefix.startswith("model_ema.") == averaged
+        assert bool(found.notes) == (weights == "auto")
+    with pytest.raises(ValueError, match="no averaged weights"):
+        recognise_file(header_only(full_size("sd15_checkpoint"), values={"betas": BETAS}), weights="ema")
+
+
+def test_missing_unexpected_and_misshaped_keys_are_all_reported():
+    entries = full_size("sd15_checkpoint")
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    entries[name] = Entry((1280, 1281, 1, 1), torch.float32)
+    del entries["first_stage_model.decoder.mid.block_1.conv1.bias"]
+    entries["first_stage_model.stray"] = Entry((2,), torch.float32)
+    found = recognise_file(header_only(entries, values={"betas": BETAS}))
+    assert found.missing == ("first_stage_model.decoder.mid.block_1.conv1.bias [512]",)
+    assert found.unexpected == ("first_stage_model.stray [2]",)
+    assert found.misshaped == (f"{name} [1280, 1281, 1, 1], expected [1280, 1280, 1, 1]",)
+    text = "\n".join(report(found, nan="none"))
+    assert "cannot be used" in text and "1 missing keys" in text and "first_stage_model.stray" in text
+
+
+def test_parts_that_are_not_there_are_named_with_what_would_fit():
+    entries = {n: e for n, e in full_size("sdxl_base_checkpoint").items() if n.startswith("model.")}
+    found = recognise_file(header_only(entries))
+    assert found.family == "sdxl-base" and found.absent == ("autoencoder", "conditioner")
+    assert [text["encoder"]["channels"] for text in found.config["conditioner"]["texts"]] == [768, 1280]
+    assert found.config["autoencoder"]["scale_factor"] == 0.13025
+    assert "vae=FILE text_encoder=FILE" in "\n".join(report(found, nan="none"))
+
+
+@pytest.mark.parametrize(
+    ("without", "absent"), [(("vae",), ("autoencoder",)), (("text_encoder_2", "vae"), ("autoencoder", "conditioner"))]
+)
+def test_a_folder_that_lacks_a_part_says_which(without, absent, tmp_path):
+    found = recognise(save_folder(tmp_path, "sdxl_base_diffusers", without=without))
+    assert found.absent == absent and found.fits and found.family == "sdxl-base"
+
+
+def test_a_folder_without_a_unet_says_what_it_has(tmp_path):
+    with pytest.raises(ValueError, match=r"has no unet/.*it has scheduler, text_encoder, vae"):
+        recognise(save_folder(tmp_path, "sd15_diffusers", without=("unet",)))
+
+
+def test_variants_shards_and_old_names_of_folders_are_read(tmp_path):
+    path = save_folder(tmp_path, "sd15_diffusers", variant=".fp16")
+    entries = part_of(full_size("sd15_diffusers"), "unet")
+    (path / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    halves = (list(entries)[::2], list(entries)[1::2])
+    places = {}
+    for number, names in enumerate(halves):
+        file = f"diffusion_pytorch_model.fp16-0000{number + 1}-of-00002.safetensors"
+        write_header(path / "unet" / file, {name: entries[name] for name in names})
+        places |= dict.fromkeys(names, file)
+    index = path / "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    coder = {}
+    for name, entry in part_of(full_size("sd15_diffusers"), "vae").items():
+        for today, former in old.items():
+            name = name.replace(f"attentions.0.{today}.", f"attentions.0.{former}.")
+        coder[name] = entry
+    write_header(path / "vae/diffusion_pytorch_model.fp16.safetensors", coder)
+    texts = part_of(full_size("sd15_diffusers"), "text_encoder")
+    texts["text_model.embeddings.position_ids"] = Entry((1, 77), torch.int64)
+    write_header(path / "text_encoder/model.fp16.safetensors", texts)
+    found = recognise(path)
+    assert found.fits and found.harmless == ("text_model.embeddings.position_ids",)
+    assert sum("variant fp16" in note for note in found.notes) == 3
+    assert [place.file.container for place in found.places] == ["shards", "safetensors", "safetensors"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is predicted, and from which schedule
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "extra", "expected"),
+    [
+        ("model.safetensors", {}, (), None),
+        ("v2-1_768-ema-pruned.safetensors", {}, (), "v"),
+        ("v2-1_512-ema-pruned.safetensors", {}, (), "eps"),
+        ("model.safetensors", {"modelspec.prediction_type": "v"}, (), "v"),
+        ("768-v-ema.safetensors", {"modelspec.prediction_type": "epsilon"}, (), "eps"),
+        ("model.ckpt", {"global_step": "875000"}, (), "eps"),
+        ("model.ckpt", {"global_step": "110000"}, (), "v"),
+        ("model.safetensors", {}, ("v_pred",), "v"),
+        ("model.safetensors", {}, ("v_pred", "ztsnr"), "v"),
+    ],
+)
+def test_what_stable_diffusion_2_predicts_is_read_where_the_file_tells(name, metadata, extra, expected):
+    entries = full_size("sd21_checkpoint") | {key: Entry((0,), torch.float32) for key in extra}
+    found = recognise_file(header_only(entries, name, metadata=metadata, values={"betas": BETAS}))
+    assert found.fits and found.parameterization == expected
+    assert found.config["diffusion"]["parameterization"] == (expected or "eps")
+    assert found.config["diffusion"]["schedule"]["_target_"].endswith("zero_terminal_snr") == ("ztsnr" in extra)
+    assert bool(found.notes) == (expected is not None)
+    assert found.facts["shape"][1] == (512 if expected == "eps" else 768)
+    assert ("not told" in "\n".join(report(found, nan="none"))) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("betas", "target"),
+    [
+        (torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2, "scaled_linear"),
+        (torch.linspace(1e-4, 0.02, 1000), "linear"),
+        (BETAS.clone().index_fill(0, torch.tensor(999), 1.0), "Schedule"),
+    ],
+)
+def test_a_files_own_schedule_is_believed(betas, target):
+    found = recognise_file(header_only(full_size("sd15_checkpoint"), values={"betas": betas.float()}))
+    node = found.config["diffusion"]["schedule"]
+    assert node["_target_"].endswith(f".{target}") and "own schedule" in found.notes[0]
+    if target != "Schedule":
+        assert (node["beta_start"], node["beta_end"]) == pytest.approx((betas[0].item(), betas[-1].item()), rel=1e-5)
+
+
+def test_betas_that_are_no_schedule_are_left_aside():
+    found = recognise_file(header_only(full_size("sd15_checkpoint"), values={"betas": torch.randn(1000)}))
+    assert found.config["diffusion"]["schedule"]["beta_end"] == 0.012 and "no schedule" in found.notes[0]
+
+
+def test_schedules_are_recognised_by_form_only_if_they_have_it():
+    assert schedule_node(torch.rand(10, dtype=torch.float64))["_target_"].endswith(".Schedule")
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "target"),
+    [
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "v", "zero_terminal_snr"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "eps", "scaled_linear"),
+        ({"prediction_type": "sample", "beta_schedule": "linear"}, "x0", "linear"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "eps", "cosine"),
+        ({"trained_betas": [0.1, 0.2]}, "eps", "Schedule"),
+    ],
+)
+def test_the_schedulers_config_is_believed(said, kind, target, tmp_path):
+    found = recognise(save_folder(tmp_path, "sd21_diffusers", scheduler=SCHEDULER | said))
+    assert found.parameterization == kind == found.config["diffusion"]["parameterization"]
+    assert found.config["diffusion"]["schedule"]["_target_"].endswith(f".{target}")
+    assert found.facts["scheduler"] == SCHEDULER | said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts alone, and what is no model
+
+
+@pytest.mark.parametrize("layout", ["compvis", "diffusers"])
+@pytest.mark.parametrize(("name", "scale"), [("vae-ft-mse.safetensors", 0.18215), ("sdxl_vae.safetensors", 0.13025)])
+def test_autoencoders_alone_are_known_in_both_layouts(layout, name, scale):
+    if layout == "compvis":
+        whole = full_size("sd15_checkpoint").items()
+        entries = {n.removeprefix("first_stage_model."): e for n, e in whole if n.startswith("first_stage_model.")}
+    else:
+        entries = part_of(full_size("sd15_diffusers"), "vae")
+    found = recognise_file(header_only(entries, name))
+    assert (found.kind, found.layout, found.fits) == ("autoencoder", layout, True)
+    assert found.config["autoencoder"]["scale_factor"] == scale and "scale" in "".join(found.notes)
+    assert f"vae={name}" in "\n".join(report(found, nan="none"))
+
+
+@pytest.mark.parametrize("folder", ["text_encoder", "text_encoder_2"])
+def test_text_encoders_alone_are_known(folder):
+    found = recognise_file(header_only(part_of(full_size("sdxl_base_diffusers"), folder)))
+    assert (found.kind, found.layout, found.fits) == ("text", "transformers", True)
+    encoder = found.config["conditioner"]["encoder"]
+    assert (encoder["activation"], encoder["num_heads"]) == {768: ("quick_gelu", 12), 1280: ("gelu", 20)}[
+        encoder["channels"]
+    ]
+
+
+def low_rank(prefix, down, up, width=768):
+    layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    name = layer if "_unet_" in prefix else "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    return of_shapes({f"{prefix}{name}{down}": (4, width), f"{prefix}{name}{up}": (320, 4)})
+
+
+@pytest.mark.parametrize(
+    ("entries", "kind", "words"),
+    [
+        (
+            low_rank("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
+            "lora",
+            "Stable Diffusion 1, rank 4, in kohya",
+        ),
+        (low_rank("unet.", ".lora_A.weight", ".lora_B.weight", 2048), "lora", "Stable Diffusion XL, rank 4"),
+        (low_rank("unet.", ".lora.down.weight", ".lora.up.weight", 1024), "lora", "Stable Diffusion 2"),
+        (of_shapes({"emb_params": (3, 768)}), "textual-inversion", "3 vector"),
+        (of_shapes({"clip_l": (2, 768), "clip_g": (2, 1280)}), "textual-inversion", "Stable Diffusion XL"),
+        (of_shapes({"<my-cat>": (768,)}), "textual-inversion", "called <my-cat>"),
+        (of_shapes({"string_to_param.*": (1, 1024)}), "textual-inversion", "Stable Diffusion 2"),
+    ],
+)
+def test_lora_and_textual_inversions_are_named(entries, kind, words):
+    found = recognise_file(header_only(entries))
+    assert found.kind == found.layout == kind and words in found.title
+    assert "no model by itself" in "\n".join(report(found, nan="none"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("control_model.input_blocks.0.0.weight", "ControlNet"),
+        ("joint_blocks.0.x.weight", "Stable Diffusion 3"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("blocks.0.adaLN_modulation.1.weight", "DiT"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
+        ("down_blocks.0.motion_modules.0.norm.weight", "AnimateDiff"),
+        ("something.else", "no UNet, autoencoder, CLIP text encoder, LoRA"),
+        ("model.diffusion_model.time_embed.0.weight", "nearest is a UNet in the names of CompVis.*lacks input_blocks"),
+        ("encoder.down_blocks.0.resnets.0.conv2.weight", "no model that is known"),
+        ("decoder.conv_in.weight", "nearest is an autoencoder"),
+    ],
+)
+def test_what_is_no_known_model_is_one_line_with_the_nearest(name, words):
+    with pytest.raises(ValueError, match=words) as error:
+        recognise_file(header_only(of_shapes({name: (4, 4)})))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiny models that diffusers built
+
+
+@pytest.mark.parametrize("name", sd_cases.NAMES)
+def test_tiny_folders_that_diffusers_saved_are_recognised_whole(name):
+    found = recognise(sd_cases.folder(name))
+    assert found.fits and not found.absent and found.family == {"sd2-v": "sd2"}.get(name, name)
+    assert found.parameterization == ("v" if name == "sd2-v" else "eps")
+    for place in found.places:  # every tensor is read and goes there and back
+        weights = {key: place.file.read(place.prefix + key) for key in place.table.foreign_shapes}
+        back = place.table.to_foreign(place.table.to_ours(weights))
+        assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_what_our_exports_say_of_themselves_is_believed():
+    kwargs = LDM_TEXT | {"model_channels": 32, "context_dim": 24, "num_heads": 2, "channel_mult": [1, 2]}
+    net = {"_target_": "diffusion.models.unet.UNet", **compvis.unet_config(kwargs)}
+    process = {"_target_": "diffusion.process.GaussianDiffusion", "parameterization": "v"}
+    told = {
+        "diffusion.config": json.dumps({"net": net, "diffusion": process}),
+        "diffusion.facts": '{"shape": [4, 8, 8]}',
+    }
+    entries = of_shapes(compvis.unet_table(kwargs).foreign_shapes, "model.diffusion_model.")
+    found = recognise_file(header_only(entries, metadata=told))
+    assert found.fits and not found.absent and found.parameterization == "v" and found.facts == {"shape": [4, 8, 8]}
+    same_network(found, compvis.unet_config(kwargs))
+    told["diffusion.config"] = "{}"
+    with pytest.raises(ValueError, match=r"no net|damaged"):
+        recognise_file(header_only(entries, metadata=told))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def test_inspect_prints_what_a_file_is_and_how_to_use_it(tmp_path, capsys):
+    path = write_header(tmp_path / "sd 1.safetensors", full_size("sd15_checkpoint"))
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    for words in ("Stable Diffusion 1", "network 859.5 M", "0.18215", "13 harmless", f"checkpoint='{path}'", "none ("):
+        assert words in out, words
+
+
+def test_inspect_finds_nan_in_a_sample_or_in_all(tmp_path, capsys):
+    folder = sd_cases.folder("sd1")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[-1] = float("nan")
+    save_file(weights, tmp_path / "vae.safetensors")
+    assert main(["inspect", str(tmp_path / "vae.safetensors"), "nan=all"]) == 0
+    assert f"in 1 tensors, such as {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect"], "one file or folder, got 0"),
+        (["inspect", "a", "b"], "got 2"),
+        (["inspect", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        (["inspect", "x", "weights=both"], "weights=both is unknown; choose one of auto, ema, raw"),
+        (["inspect", "x", "--layout", "ours"], "inspect takes no layout"),
+        (["convert", "x", "y"], "needs --layout"),
+        (["convert", "x", "y", "--dtype"], "--dtype needs a value"),
+        (["convert", "x", "y", "--layout=ours", "--dtype=int8"], "dtype=int8 is unknown"),
+        (["look", "x"], "look is unknown; choose inspect or convert"),
+    ],
+)
+def test_mistakes_at_the_command_are_one_line(words, message, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_the_command_alone_prints_its_help(capsys):
+    assert main([]) == 0
+    assert "inspect FILE" in capsys.readouterr().out
