@@ -101,6 +101,10 @@ class LoadedModel(Header):
     conditioner: nn.Module | None = None
     recognised: Any = None
 
+    def __post_init__(self):
+        if "task" in self.facts and hasattr(self.net, "allow_any_size"):  # published weights, as their users know them
+            self.net.allow_any_size()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedClassifier(Header):

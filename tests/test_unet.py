@@ -159,6 +159,46 @@ def test_sizes_that_the_network_does_not_divide_name_the_nearest(size, message):
         tiny()(x, t)
 
 
+def test_any_size_can_be_allowed_where_convolutions_halve():
+    net = tiny(resample="conv", stages=[{"depth": 1}] * 3)
+    whole = inputs((8, 12))
+    before = net(*whole)
+    net.allow_any_size()
+    assert net.size_factor == 1 and torch.equal(net(*whole), before)
+    for size in ((9, 8), (5, 7), (1, 3), (10, 6)):
+        x, t = inputs(size)
+        assert net(x, t).shape == x.shape
+
+
+@pytest.mark.parametrize("settings", [{"resample": "pool"}, {"resample": "residual"}, {"downsample_padding": 0}])
+def test_other_ways_of_halving_take_whole_multiples_only(settings):
+    net = tiny(**settings)
+    net.allow_any_size()
+    with pytest.raises(ValueError, match="H=9 is not a multiple of 2"):
+        net(*inputs((9, 8)))
+
+
+def test_odd_sizes_are_rounded_as_diffusers_rounds_them():
+    from diffusers import UNet2DConditionModel
+
+    from diffusion.pretrained.diffusers import load_unet
+
+    plain = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    blocks = {
+        "down_block_types": (*plain[0], "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", *plain[1]),
+    }
+    settings = {"block_out_channels": (32, 32, 64), "layers_per_block": 1, **blocks}
+    peer = UNet2DConditionModel(**settings, cross_attention_dim=8, attention_head_dim=2).eval()
+    net = load_unet(dict(peer.config), peer.state_dict()).eval()
+    net.allow_any_size()
+    for size in ((9, 8), (5, 11), (8, 8)):
+        x, t = inputs(size, channels=4)
+        context = torch.randn(2, 3, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x, t, context=context), peer(x, t, context).sample, atol=1e-5, rtol=1e-5)
+
+
 def test_dropout_acts_only_in_training():
     net = tiny(dropout=0.5)
     x, t = inputs()

@@ -4,6 +4,7 @@ ADM (Dhariwal & Nichol 2021, appendix A) and its descendants Stable Diffusion 1,
 """
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -115,14 +116,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W by repeating pixels, followed by a 3x3 convolution unless `kind` is "pool"."""
+    """Double H and W by repeating pixels, followed by a 3x3 convolution unless `kind` is "pool".
+
+    What goes beyond `size` (H, W) is cut off in between.
+    """
 
     def __init__(self, channels: int, kind: str = "conv") -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = x if size is None or x.shape[-2:] == tuple(size) else x[..., : size[0], : size[1]]
         return x if self.conv is None else self.conv(x)
 
 

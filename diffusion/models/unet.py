@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.models.layers import EmbeddingMLP, group_norm, zero_init
+from diffusion.models.layers import Downsample, EmbeddingMLP, Upsample, group_norm, zero_init
 from diffusion.models.stages import Block, Level, Stage, StageNetwork, choose
 
 __all__ = ["Block", "Level", "Stage", "SuperResolutionUNet", "UNet"]
@@ -136,10 +136,22 @@ class UNet(StageNetwork):
         for level in reversed(self.up):
             for block in level.blocks:
                 h = self._step(block, torch.cat([h, skips.pop()], dim=1), *condition)
-            if level.resample is not None:
+            if isinstance(level.resample, Upsample):
+                h = level.resample(h, skips[-1].shape[-2:])
+            elif level.resample is not None:
                 h = self._step(level.resample, h, *condition)
         h = F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled())
         return self.conv_out(h).contiguous()
+
+    def allow_any_size(self) -> None:
+        """Take images of any size from now on, where all halving is done by convolutions padded on all sides.
+
+        Odd sizes are rounded up on the way down and cut off on the way up, as diffusers and AUTOMATIC1111 do for
+        Stable Diffusion.
+        """
+        halving = [level.resample for level in self.down if level.resample is not None]
+        if all(isinstance(part, Downsample) and part.conv is not None and part.padding for part in halving):
+            self.size_factor = 1
 
     def _join(self, x: Tensor, concat: Tensor | None) -> Tensor:
         """x with the concatenated channels, after the checks of its shape."""
