@@ -54,6 +54,7 @@ def draw(config: dict[str, Any], team: "Team") -> Path:
     from diffusion.checkpoint import load_model
     from diffusion.evaluation.command import check_wanted
     from diffusion.own_settings import with_own_settings
+    from diffusion.prepare import is_published
     from diffusion.sample_folder import sample_to_folder
     from diffusion.sample_settings import files_given, with_counts
 
@@ -62,7 +63,7 @@ def draw(config: dict[str, Any], team: "Team") -> Path:
         instantiate(config[part], _convert_="all")  # what is wrong with them is found before a large file is loaded
     model = load_model(config["checkpoint"], buildable=config["buildable"], **files_given(config))
     config = with_own_settings(config, model, typed, silent=not team.first)
-    config = with_counts(config, choose_shape(model, config))
+    config = with_counts(config, choose_shape(model, config), published=is_published(model))
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
     if team.rank == 0:
         check_wanted(config, model)  # what is wrong with metrics= is found before drawing

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion.data.image_folder import fitted, flattened
 from diffusion.data.listing import UNREADABLE, decode
 from diffusion.evaluation.reference import open_images
+from diffusion.files import numbered
 from diffusion.images import to_pil
 
 
@@ -51,21 +52,24 @@ def choose_images(
 def _opened(name: str, path: str | Path, wanted: int) -> tuple[list[Image.Image], list[int | None]]:
     """Return at most `wanted` pictures of a file or folder, and a label for each, None where it is not told.
 
-    `name` is the setting that names the path.
+    `name` is the setting that names the path. FILE#NUMBER is one image of a file or folder of many; after the last
+    comes the first again.
     """
-    path = Path(path).expanduser()
+    path, only = numbered(path)
     if path.suffix != ".npz" and not path.is_dir():
         try:
             return [decode(path)], [None]
         except UNREADABLE as error:
             raise ValueError(f"{name}={path} cannot be read as an image ({error})") from error
     stored = open_images(path)
+    first, wanted = (0, wanted) if only is None else (only % stored.count, only % stored.count + 1)
     pictures: list[Image.Image] = []
     for batch in stored.read(256):
         pictures += map(to_pil, batch[: wanted - len(pictures)])
         if len(pictures) == wanted:
             break
-    return pictures, _labels(path / "samples.npz" if path.is_dir() else path, stored.count)[: len(pictures)]
+    labels = _labels(path / "samples.npz" if path.is_dir() else path, stored.count)
+    return pictures[first:], labels[first : len(pictures)]
 
 
 def _labels(path: Path, count: int) -> list[int | None]:

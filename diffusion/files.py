@@ -85,6 +85,14 @@ def exists(path: Path) -> bool:
         return False
 
 
+def numbered(path: str | Path) -> tuple[Path, int | None]:
+    """Return the path and the number of FILE#NUMBER, one image of a file of many; None for a path without a number."""
+    bare, mark, number = str(path).rpartition("#")
+    if mark and number.isdigit() and not exists(Path(path).expanduser()):
+        return Path(bare).expanduser(), int(number)
+    return Path(path).expanduser(), None
+
+
 def file_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -94,7 +102,7 @@ def file_hash(path: str | Path) -> str:
 def files_hash(paths: Sequence[str | Path]) -> str:
     """Return one SHA-256 of several files, and of all that lies in folders among them."""
     found = hashlib.sha256()
-    for path in (Path(path).expanduser() for path in paths):
+    for path, _ in map(numbered, paths):
         below = sorted(path.rglob("*")) if path.is_dir() else [path]
         found.update("".join(file_hash(file) for file in below if file.is_file()).encode())
     return found.hexdigest()

@@ -15,10 +15,12 @@ from typing import Any
 
 from diffusion import comfy_graph, parameters
 from diffusion.cli import CONFIGS
+from diffusion.files import numbered
 from diffusion.foreign_pictures import Found, from_parameters, unique
 from diffusion.model_search import find_file, find_model
 from diffusion.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, picture_texts
 
+FEW = 16  # samples in a batch that need no word
 BUILT = re.compile(r"diffusion\.(sampling\.Sampler|guidance\.\w+Guidance|solvers\.\w+)")
 
 
@@ -35,6 +37,8 @@ def with_picture(arguments: Sequence[str]) -> list[str]:
     texts = picture_texts(path)
     if TEXT_KEY in texts:
         found, notes = settings_of(_made(texts[TEXT_KEY], path), path, typed), []
+        if found.get("pad_to", 0) > FEW and not {"pad_to", "batch_size"} & typed:
+            notes.append(f"drawn in a batch of {found['pad_to']} as it was, to round alike; pad_to=1 is quicker")
     else:
         found, notes = _foreign(texts, path, typed)
     words, kept = _words(found, typed)
@@ -82,6 +86,8 @@ def settings_of(made: Mapping[str, Any], path: Path, typed: Iterable[str] = ()) 
     """
     found = {name: made[name] for name in (*SETTINGS, "seed", "device") if made.get(name) is not None}
     found |= {"num_samples": 1, "batch_size": 1}
+    if "batch" in made:
+        found["pad_to"] = made["batch"]  # batches of the same size round in the same way
     found |= {"labels": [made["label"]]} if made.get("label") is not None else {}
     found |= {"weights": made["weights_asked"]} if "weights_asked" in made else {}
     _find_files(found, made, path, set(typed))
@@ -100,13 +106,16 @@ def _find_files(found: dict[str, Any], made: Mapping[str, Any], path: Path, type
             continue
         one = isinstance(given, str)
         sha256 = made.get(f"{name}_sha256") if one and name != "autoencoder" else None  # that one's is of its weights
-        places = [find_file(str(file), near=path.parent, sha256=sha256) for file in _listed(given)]
+        bare = [numbered(file) for file in _listed(given)]
+        places = [find_file(str(file), near=path.parent, sha256=sha256) for file, _ in bare]
         if None in places:
             hashed = f" (SHA-256 {sha256[:12]})" if isinstance(sha256, str) else ""
             raise ValueError(f"from={path} was made with {name}={given}{hashed}, which is not there; add {name}=FILE")
-        found[name] = str(places[0]) if one else [str(place) for place in places]
-        if name in PICTURES and one and (places[0].suffix == ".npz" or places[0].is_dir()) and made.get("number"):
-            found[name] += f"#{made['number']}"
+        numbers = [number for _, number in bare]
+        if name in PICTURES and one and numbers[0] is None and (places[0].suffix == ".npz" or places[0].is_dir()):
+            numbers = [made.get("number", 0)]
+        spelled = [str(place) if i is None else f"{place}#{i}" for place, i in zip(places, numbers, strict=True)]
+        found[name] = spelled[0] if one else spelled
 
 
 def _listed(given: Any) -> list[Any]:
@@ -212,7 +221,9 @@ def _node_words(group: str, node: Mapping[str, Any]) -> list[str]:
     chosen = min(alike, key=alike.get)
     words = [f"{group}={chosen}", *(f"++{word(f'{group}.{key}', value)}" for key, value in node.items())]
     # Hydra cannot take away what is null, which is as good as not there.
-    return words + [f"~{group}.{key}" for key, value in options[chosen].items() if key not in node and value is not None]
+    return words + [
+        f"~{group}.{key}" for key, value in options[chosen].items() if key not in node and value is not None
+    ]
 
 
 def word(key: str, value: Any) -> str:

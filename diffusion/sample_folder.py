@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from diffusion.checkpoint import LoadedModel, atomic_write, git_commit, package_version
-from diffusion.files import file_hash, files_hash, path_hash
+from diffusion.files import file_hash, files_hash, numbered, path_hash
 from diffusion.generate import Batch, batches, choose_device, whole
 from diffusion.images import grid, label_layout, read_text, save_npz, save_png, to_uint8
 from diffusion.parameters import written
@@ -155,7 +155,8 @@ def save_pictures(
     """Write a batch as 000000.png, ... from `first` on; `own(i)` is what the text of sample i says of it alone."""
     for i, image in enumerate(images):
         label = None if batch.labels is None else batch.labels[i]
-        made = {"seed": batch.seeds[i], "label": label, **made_by, **own(first + i)}
+        made = {"seed": batch.seeds[i], "label": label, "batch": whole(len(images), made_by["pad_to"])}
+        made |= {**made_by, **own(first + i)}
         also = written(parameters_of(made, image.shape[:2]))
         save_png(image, folder / f"{first + i:06d}.png", made, also=also)
 
@@ -211,8 +212,9 @@ def listed(given: Any) -> list[Any]:
 
 
 def is_picture(path: str) -> bool:
-    """Tell a picture from files of many images."""
-    return not path.endswith(".npz") and not Path(path).expanduser().is_dir()
+    """Tell one picture, also one of many (FILE.npz#3), from a file or folder of many."""
+    place, number = numbered(path)
+    return number is not None or (place.suffix != ".npz" and not place.is_dir())
 
 
 def provenance(model: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:

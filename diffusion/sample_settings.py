@@ -38,23 +38,26 @@ def with_prompts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "prompt": prompts, "num_samples": count}
 
 
-def with_counts(config: Mapping[str, Any], shape: Sequence[int] | None = None) -> dict[str, Any]:
+def with_counts(
+    config: Mapping[str, Any], shape: Sequence[int] | None = None, *, published: bool = False
+) -> dict[str, Any]:
     """Return the config with numbers for null in num_samples, batch_size and pad_to; `shape` (C, H, W) is an image's.
 
-    Images of more than 256x256 pixels are drawn one by one: then each depends on its own seed and on nothing else, as
-    batches of 16 make sure of smaller ones. Raises ValueError for what is no whole number.
+    Images of `published` models, and of more than 256x256 pixels, are drawn one by one: then each depends on its own
+    seed and on nothing else, as batches of 16 make sure of smaller ones. Raises ValueError for what is no whole number.
     """
     for name in ("num_samples", "batch_size", "pad_to"):
         value = config[name]
         if value is not None and type(value) is not int:
             raise ValueError(f"{name}={value} does not fit; it must be of type int")
     pixels = 0 if shape is None else shape[-2] * shape[-1]
+    single = published or pixels > MEDIUM
     texts = config.get("prompt")
     asked = len(texts) if isinstance(texts, list) else 1
     usual = {
-        "num_samples": asked if texts is not None and pixels > SMALL else NUM_SAMPLES,
-        "batch_size": 64 if pixels <= SMALL else 16 if pixels <= MEDIUM else 1,
-        "pad_to": PAD_TO if pixels <= MEDIUM else 1,
+        "num_samples": asked if texts is not None and (single or pixels > SMALL) else NUM_SAMPLES,
+        "batch_size": 1 if single else 64 if pixels <= SMALL else 16,
+        "pad_to": 1 if single else PAD_TO,
     }
     return {**config, **{name: value for name, value in usual.items() if config[name] is None}}
 
