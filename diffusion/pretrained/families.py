@@ -223,11 +223,14 @@ def sd1_text(encoder: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return text_node(encoder or encoder_node(CLIP_L), pad="end")
 
 
-def sd2_text(encoder: Mapping[str, Any] | None = None, *, whole: bool = True) -> dict[str, Any]:
+def sd2_text(encoder: Mapping[str, Any] | None = None, *, whole: bool | None = None) -> dict[str, Any]:
     """Stable Diffusion 2 reads the last state but one after the norm, and pads with 0.
 
-    whole: whether the encoder has the last layer, which only original files keep.
+    whole: whether the encoder has the last layer, which only original files keep; None: all but a ViT-H of one less.
     """
+    if whole is None:
+        short = (CLIP_H["channels"], CLIP_H["num_layers"] - 1)
+        whole = encoder is None or (encoder["channels"], encoder["num_layers"]) != short
     layer = "penultimate" if whole else "last"
     return text_node(encoder or encoder_node(CLIP_H), pad="zero", layer=layer)
 
