@@ -145,7 +145,8 @@ TEXTS = [
     "$1^2 (dog)?",
     "cat\u200bcat \u2014 \u201cdog\u201d \x07 \ufffd",
     "[SEP] in [MASK] and [UNKNOWN] [sep]",
-    "x" * 101 + " dog",
+    "a" * 101 + " dog",
+    "a" * 100,
     "dog" * 40,
     "the cat " * 60,
 ]
