@@ -4,11 +4,12 @@ Nothing is dropped in silence: what has no counterpart here is a note that is pr
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusion.parameters import Parameters
+from diffusion.sampler_list import OWN_SCHEDULE
 
 # A1111's field -> our setting and its type. "Denoising strength" belongs to another pass where there is an upscaler.
 SETTINGS = {
@@ -66,7 +67,7 @@ def from_parameters(parameters: Parameters) -> Found:
     fields = parameters.fields
     if not fields:
         raise ValueError("its parameters text holds no line of settings (Steps: ..., Sampler: ..., Seed: ...)")
-    found = Found("A1111", sampler=(fields["Sampler"], fields.get("Schedule type")) if "Sampler" in fields else None)
+    found = Found("A1111", sampler=_sampler(fields) if "Sampler" in fields else None)
     two_passes = any(name in fields for name in SECOND_PASS)
     for name, (key, kind) in SETTINGS.items():
         if name in fields and not (name == "Denoising strength" and two_passes):
@@ -85,6 +86,13 @@ def from_parameters(parameters: Parameters) -> Found:
     found.notes += [f"{name}: {value}" for name, value in fields.items() if name not in idle]
     found.notes.append(f"its starting noise ({rng_of(fields.get('RNG'))})")
     return found
+
+
+def _sampler(fields: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return the sampler and its schedule; k-diffusion's samplers had the uniform one, where none is written."""
+    name, schedule = fields["Sampler"], fields.get("Schedule type")
+    labelled = name.endswith((" Karras", " Exponential", " Polyexponential"))
+    return name, schedule if schedule or labelled or name in OWN_SCHEDULE else "Uniform"
 
 
 def rng_of(name: str | None) -> str:

@@ -19,6 +19,7 @@ from diffusion.files import numbered
 from diffusion.foreign_pictures import Found, from_parameters, unique
 from diffusion.model_search import find_file, find_model
 from diffusion.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, picture_texts
+from diffusion.sampler_list import translated
 
 FEW = 16  # samples in a batch that need no word
 BUILT = re.compile(r"diffusion\.(sampling\.Sampler|guidance\.\w+Guidance|solvers\.\w+)")
@@ -167,8 +168,6 @@ def _foreign(texts: Mapping[str, str], path: Path, typed: set[str]) -> tuple[dic
 
 def _known_sampler(found: Found) -> dict[str, Any]:
     """Return our sampler of that name in the words of another program, noting the one that is taken for an unknown."""
-    from diffusion.sampler_list import translated
-
     name, schedule = found.sampler
     choice, settings, exact = translated(name, schedule, program=found.source)
     if not exact:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion import parameters
 from diffusion.parameters import SHORT_HASH, Parameters, number_text
+from diffusion.sampler_list import a1111_name
 
 TEXT_KEY = "diffusion"  # the PNG text entry that holds the JSON of how an image was made
 FROM = "from"  # the setting that names a picture; of the words that it stands for, the last one
@@ -61,7 +62,7 @@ def parameters_of(made: Mapping[str, Any], size: tuple[int, int]) -> Parameters:
     Samplers have A1111's name where A1111 has them. What it has no field for is in the JSON alone.
     """
     sampler, guidance = made["sampler"], made["guidance"]
-    name, schedule = str(sampler.get("solver", "euler")), sampler.get("spacing")
+    name, schedule = a1111_name(sampler)
     fields = {
         "Steps": sampler.get("num_steps"),
         "Sampler": name,

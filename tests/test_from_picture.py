@@ -2,11 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from picture_cases import custom_graph, default_graph, node, picture_of, save_with_texts
@@ -35,18 +36,17 @@ def one_commit(monkeypatch):
     monkeypatch.setattr(diffusion.sample_folder, "git_commit", lambda: "0" * 40)
 
 
-def sample(monkeypatch, capsys, *arguments):
-    status, out, err = run("sample", list(arguments), monkeypatch, capsys)
-    assert status == 0, err
-    return out, err
-
-
-@pytest.fixture
-def drawn(checkpoint, tmp_path, monkeypatch, capsys):
-    """A folder of twenty pictures, made with settings that are not the defaults."""
-    words = [f"checkpoint={checkpoint}", f"out_dir={tmp_path / 'first'}", "num_samples=20", "labels=[3,7]", "seed=5"]
-    sample(monkeypatch, capsys, *words, "sampler=ddpm", "sampler.num_steps=3", "guidance.guidance_scale=4")
-    return tmp_path / "first" / "images"
+@pytest.fixture(scope="module")
+def drawn(checkpoint, tmp_path_factory):
+    """The pictures of twenty samples, made with settings that are not the defaults."""
+    out_dir = tmp_path_factory.mktemp("drawn") / "first"
+    words = [f"checkpoint={checkpoint}", f"out_dir={out_dir}", "num_samples=20", "labels=[3,7]", "seed=5"]
+    words += ["sampler=ddpm", "sampler.num_steps=3", "guidance.guidance_scale=4"]
+    silent = SimpleNamespace(readouterr=lambda: SimpleNamespace(out="", err=""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion.sample_folder, "git_commit", lambda: "0" * 40)
+        assert run("sample", words, patch, silent)[0] == 0
+    return out_dir / "images"
 
 
 def again(picture, tmp_path, monkeypatch, capsys, *arguments, status=0):
@@ -185,13 +185,14 @@ def test_pictures_of_other_sizes_are_not_compared(tmp_path):
     assert difference(tmp_path / "x.png", image) == (255, 2, 32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.text(st.characters(blacklist_categories=("Cs",)), max_size=12).filter(lambda text: text != "???"))
+@example("two\nlines and \\")
 def test_any_text_goes_through_hydra_as_it_is(text):
-    for written in (text, f"${{{text}}}", f'"{text}\\', f"\\${{x}}{text}"):
-        cfg = _compose("sample", [word("prompt", written), word("labels", [written, 1, None, True, 2.5])])
-        assert OmegaConf.to_container(cfg.copy(), resolve=True)["prompt"] == written
-        assert OmegaConf.to_container(cfg, resolve=True)["labels"] == [written, 1, None, True, 2.5]
+    several = [f"${{{text}}}", f'"{text}\\', f"\\${{x}}{text}", 1, None, True, 2.5, 1e-7]
+    cfg = _compose("sample", [word("prompt", text), word("labels", several)])
+    found = OmegaConf.to_container(cfg, resolve=True)
+    assert (found["prompt"], found["labels"]) == (text, several)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,9 +255,7 @@ def test_a_picture_of_a1111_finds_its_model_by_name_or_hash(home, name, capsys):
 
 def test_a_model_that_is_not_there_is_named_and_may_be_given(home):
     save_with_texts(home / "x.png", parameters=A1111.format(hash="0123456789", name="other"))
-    with pytest.raises(
-        ValueError, match=r"the model 'other' \(hash 0123456789\), which is not in checkpoints/"
-    ):
+    with pytest.raises(ValueError, match=r"the model 'other' \(hash 0123456789\), which is not in checkpoints/"):
         composed("from=x.png")
     assert composed("from=x.png", "checkpoint=mine.safetensors")["checkpoint"] == "mine.safetensors"
 

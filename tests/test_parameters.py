@@ -50,7 +50,9 @@ def test_a_number_that_is_none_is_named():
         parse("x\nSteps: 3, Seed: many, Size: 5x5").number("Seed", int)
 
 
-@pytest.mark.parametrize("value", ["plain", "a, b", "a: b", 'say "x"', "two\nlines", " spaced ", "", "back\\slash, too"])
+@pytest.mark.parametrize(
+    "value", ["plain", "a, b", "a: b", 'say "x"', "two\nlines", " spaced ", "", "back\\slash, too"]
+)
 def test_values_are_quoted_only_where_they_must_be(value):
     assert unquoted(quoted(value)) == value
     assert (quoted(value) == value) == (value in ("plain", ""))
