@@ -365,8 +365,10 @@ def mapped(read: Callable[[bool], Tensor], like: Tensor, *, changed: bool = Fals
     It cannot where `like` has another order of memory or where it is `changed` otherwise. What lies at an odd address
     is copied: the last bits of a matrix product depend on it, and a model must answer alike from whatever file.
     """
-    tensor = read(changed or not like.is_contiguous())
-    return tensor if tensor.data_ptr() % ALIGNED == 0 or not like.is_contiguous() else read(True).clone()
+    if changed or not like.is_contiguous():
+        return read(True)
+    tensor = read(False)
+    return tensor if tensor.data_ptr() % ALIGNED == 0 else read(True)
 
 
 def ordered(tensor: Tensor, like: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ def read_source(path: str | Path, *, weights: str = "auto") -> Source:
     if found.kind not in ("denoiser", "autoencoder"):
         raise ValueError(f"{path} is {found.title}; denoisers and autoencoders are converted")
     check_keys(found)
-    facts = {**found.facts, "linear_projections": linear_projections(found), "short_text_names": _short(found)}
+    facts = {**found.facts, "linear_projections": linear_projections(found)}
+    facts |= {"short_text_names": _short(found)} if found.layout == "diffusers" else {}
     tensors = {}
     for place in found.places:
         for rule in place.table.rules:

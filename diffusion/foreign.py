@@ -241,10 +241,11 @@ def fill(
             templates = module.state_dict()
             state = {}
             for rule in place.table.rules:
-                changed = rule.transform is not SAME or dtype is not None
+                kinds = {_type(place.file[place.prefix + name].dtype, dtype) for name in rule.foreign}
+                changed = rule.transform is not SAME or kinds != {place.file[place.prefix + rule.foreign[0]].dtype}
                 like, read = templates[rule.ours], partial(read_ours, place, rule)
                 tensor = mapped(lambda own, read=read: read(own=own), like, changed=changed)
-                state[rule.ours] = ordered(tensor.to(device, _type(tensor, dtype)), like)
+                state[rule.ours] = ordered(tensor.to(device, _type(tensor.dtype, dtype)), like)
             assign_weights(module, state)
     for name, module in modules.items():
         empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
@@ -266,8 +267,8 @@ def linear_projections(found: Recognised) -> bool | None:
     return None
 
 
-def _type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+def _type(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return own if wanted is None or not own.is_floating_point else wanted
 
 
 def _print(line: str) -> None:

@@ -82,8 +82,8 @@ class WeightFile(Mapping[str, Entry]):
     def read(self, name: str, *, own: bool = False) -> Tensor:
         """The tensor on the CPU in its own type: the file's mapped memory, which is read when first touched.
 
-        own: in a mapping of its own where the container allows it, whose memory goes with the tensor: for what is
-        copied or written on at once.
+        own: in memory of its own where the container allows it, which goes with the tensor: for what is copied or
+        written on at once.
         """
         self._entries[name]  # KeyError for an unknown name
         return self._read(name, own)
@@ -171,24 +171,35 @@ def _open_safetensors(path: Path) -> WeightFile:
     _check_extent(path, places, size - start)
     mapped: list[torch.UntypedStorage] = []
 
-    def mapping(own: bool) -> torch.UntypedStorage:
-        if own:
-            return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        if not mapped:
-            mapped.append(torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size))
-        return mapped[0]
-
     def read(name: str, own: bool) -> Tensor:
         entry, begin, end = places[name]
         if begin == end:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        data = torch.empty(0, dtype=torch.uint8).set_(mapping(own), start + begin, (end - begin,))
+        if own:
+            return _copied(path, start + begin, entry)
+        if not mapped:
+            mapped.append(torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size))
+        data = torch.empty(0, dtype=torch.uint8).set_(mapped[0], start + begin, (end - begin,))
         if (start + begin) % entry.dtype.itemsize:
             data = data.clone()  # no type can be laid over an odd address
         return data.view(entry.dtype).view(entry.shape)
 
     entries = {name: place[0] for name, place in places.items()}
     return WeightFile(path, entries, read, metadata={str(key): str(value) for key, value in metadata.items()})
+
+
+def _copied(path: Path, begin: int, entry: Entry) -> Tensor:
+    """A tensor read into memory of its own: by one read, faster than page by page through a mapping."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    place = memoryview(tensor.flatten().view(torch.uint8).numpy())
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        done = 0
+        while done < len(place):  # one call reads 2 GB at most
+            if not (count := file.readinto(place[done:])):
+                raise ValueError(f"{path} ended {len(place) - done} bytes early while it was read; copy it again")
+            done += count
+    return tensor
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
