@@ -354,7 +354,7 @@ def dpmpp_multistep(
     """x0 extrapolated in log rho: DPM-Solver++(2M) and (3M), and with eta their SDE forms (2211.01095).
 
     `kind`: "midpoint" is its second order as published, "heun" the exponential's own weights. The third order takes
-    those, but half the weight of the curvature: so it is published and in every code; "exact" takes all of it.
+    those, but half the weight of the curvature, as k-diffusion and diffusers do; "exact" takes all of it.
     """
     p = history[0][1]
     points = _points(level, history, order)

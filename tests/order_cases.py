@@ -5,6 +5,7 @@ to 0.05. The move to clean data is left out: its length does not depend on the n
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -86,11 +87,16 @@ def path_errors(solver: Solver, counts: Sequence[int], seeds: Sequence[int] = ra
     """The same with all noise renewed (eta = 1), from the end of the same Brownian path in four times finer steps."""
     found = [0.0] * len(counts)
     for seed in seeds:
-        fine, _ = end(SOLVERS["dpmpp_2m_sde"], grid(4 * max(counts)), eta=1.0, noise=BrownianNoise([seed]))
+        fine = _path_end(seed, 4 * max(counts))
         for i, steps in enumerate(counts):
             x, _ = end(solver, grid(steps), eta=1.0, noise=BrownianNoise([seed]))
             found[i] += (x - fine).abs().mean().item() / len(seeds)
     return found
+
+
+@cache
+def _path_end(seed: int, steps: int) -> Tensor:
+    return end(SOLVERS["dpmpp_2m_sde"], grid(steps), eta=1.0, noise=BrownianNoise([seed]))[0]
 
 
 def slope(found: Sequence[float], counts: Sequence[int]) -> float:
@@ -98,8 +104,3 @@ def slope(found: Sequence[float], counts: Sequence[int]) -> float:
     a, b = torch.tensor(counts, dtype=torch.float64).log(), torch.tensor(found, dtype=torch.float64).log()
     a, b = a - a.mean(), b - b.mean()
     return -((a * b).sum() / (a * a).sum()).item()
-
-
-def settled(found: Sequence[float], floor: float = 1e-11) -> int:
-    """How many of the errors are above what rounding leaves."""
-    return next((i for i, value in enumerate(found) if value < floor), len(found))
