@@ -49,12 +49,14 @@ def choose_images(
     return Given([images[i % len(images)] for i in range(num_samples)], known)
 
 
-def _opened(name: str, path: str | Path, wanted: int) -> tuple[list[Image.Image], list[int | None]]:
-    """Return at most `wanted` pictures of a file or folder, and a label for each, None where it is not told.
+def _opened(name: str, path: str | Path | Image.Image, wanted: int) -> tuple[list[Image.Image], list[int | None]]:
+    """Return at most `wanted` pictures of a file, folder or image, and a label for each, None where it is not told.
 
     `name` is the setting that names the path. FILE#NUMBER is one image of a file or folder of many; after the last
     comes the first again.
     """
+    if isinstance(path, Image.Image):
+        return [path], [None]
     path, only = numbered(path)
     if path.suffix != ".npz" and not path.is_dir():
         try:
@@ -94,6 +96,7 @@ def _sized(picture: Image.Image, shape: Sequence[int], low_size: Sequence[int] |
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures to start from
 
+ONE = (str, Path, Image.Image)
 LARGEST = 4  # times the pixels that a model was trained on, for a picture whose size nobody asked for
 
 
@@ -142,7 +145,7 @@ def choose_pictures(
 def _pictures(name: str, paths: str | Sequence[str], wanted: int) -> list[Image.Image]:
     """Return at most `wanted` pictures, at least one, of the files and folders that the setting `name` gives."""
     found: list[Image.Image] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
+    for path in [paths] if isinstance(paths, ONE) else paths:
         if len(found) < wanted:
             found += _opened(name, path, wanted - len(found))[0]
     if not found:

@@ -108,7 +108,8 @@ class LatentDiffusion:
         """Draw images (B, C, H, W) in [-1, 1], float32 on the CPU; image i depends on `seed` + i alone.
 
         One for each prompt unless `num_samples` says how many. `settings` are those of sample.py: negative_prompt,
-        seed, height, width, image, strength, mask, labels, ... Raises ValueError for what the model does not know.
+        seed, height, width, image and mask (files, or Pillow's images), strength, labels, ... Raises ValueError for
+        what the model does not know.
         """
         if unknown := sorted(settings.keys() - UNSAID.keys()):
             raise ValueError(f"there is no {', '.join(unknown)}; the settings are {', '.join(UNSAID)}")

@@ -4,14 +4,17 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from latent_cases import autoencoder
+from PIL import Image
 from torch import nn
 
 from diffusion.denoiser import denoiser
 from diffusion.devices import choose_device, choose_dtype, half_weights, in_own_precision, resident
 from diffusion.guidance import ClassifierFreeGuidance
+from diffusion.images import to_pil, to_uint8
 from diffusion.models.text import TextTransformer
 from diffusion.models.unet import UNet
 from diffusion.own_settings import with_own_settings
@@ -137,6 +140,22 @@ def test_a_setting_that_there_is_not_is_an_error():
         pipeline()("a fox", stepps=3)
     with pytest.raises(ValueError, match="not trained with classes"):
         pipeline()("a fox", labels=[1])
+
+
+def test_pictures_are_given_as_files_or_as_images(tmp_path):
+    pipe, draws = pipeline(), torch.Generator().manual_seed(0)
+    image = to_pil(torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8, generator=draws).numpy())
+    image.save(tmp_path / "a.png")
+    got = pipe("a fox", image=image, strength=0.5)
+    assert torch.equal(got, pipe("a fox", image=str(tmp_path / "a.png"), strength=0.5))
+    assert not torch.equal(got, pipe("a fox", image=image, strength=0.75))
+    assert torch.equal(pipe("a fox", image=image), pipe("a fox", image=image, strength=0.75))
+    mask = Image.new("L", (SIZE, SIZE), 255)
+    torch.testing.assert_close(pipe("a fox", image=image, mask=mask), pipe("a fox"))
+    black = Image.new("L", (SIZE, SIZE), 0)
+    assert (
+        to_uint8(pipe("a fox", image=[image, image], mask=[mask, black], num_samples=2))[1] == np.array(image)
+    ).all()
 
 
 def test_pictures_go_through_the_pipeline_in_both_directions():
@@ -317,6 +336,17 @@ def test_large_pictures_are_decoded_in_tiles(capsys):
     assert capsys.readouterr().err == ""
     assert choose_tile(None, coder, (3, 1024, 1088), silent=False) == TILE
     assert "1088x1024 is decoded in tiles" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_gpu_the_picture_is_that_of_the_cpu_offloaded_or_not(dtype):
+    expected = pipeline()("a fox")
+    pipe = pipeline().to("cuda", dtype)
+    images = pipe("a fox")
+    assert (images - expected).abs().mean() < (1e-4 if dtype == torch.float32 else 0.03)
+    torch.testing.assert_close(pipe("a fox", offload="sequential"), images, atol=1e-3, rtol=0)
+    assert next(pipe.net.parameters()).device.type == "cpu"
 
 
 # --- what the network predicts ---------------------------------------------------------------------------------------
