@@ -9,7 +9,6 @@ from foreign_cases import full_size, header_only, of_shapes, part_of, write_head
 from golden_cases import key_configs, key_lists
 
 from diffusion.checkpoint import build_empty
-from diffusion.models.unet import UNet
 from diffusion.pretrained import compvis, compvis_autoencoder, diffusers, guided_diffusion, ldm_text
 from diffusion.pretrained.__main__ import main
 from diffusion.pretrained.compare import differences
@@ -40,8 +39,7 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 
 
 def unet(**settings):
-    with torch.device("meta"):
-        return UNet(**settings)
+    return build_empty({"_target_": "diffusion.models.unet.UNet", **settings})
 
 
 def same_network(found, settings):

@@ -79,7 +79,7 @@ def recognise_denoiser(file: WeightFile) -> Recognised:
     image = 3 if upsamples else settings["in_channels"]
     target = "SuperResolutionUNet" if upsamples else "UNet"
     net = {"_target_": f"diffusion.models.unet.{target}", **settings}
-    module = template(net)
+    module = template(net, file.path)
     table = KeyMap(module, guided_diffusion.unet_rules(module, new_attention_order=order))
     variance = "learned" if settings["out_channels"] == 2 * image else "posterior"
     config = {"net": net, "diffusion": families.diffusion_node(known.schedule if known else LINEAR, "eps", variance)}
@@ -148,7 +148,7 @@ def recognise_classifier(file: WeightFile) -> Recognised:
     mults = tuple(stage["channel_mult"] for stage in settings["stages"])
     known = CLASSIFIERS.get((mults, settings["stages"][0]["depth"]))
     node = {"_target_": "diffusion.models.classifier.Classifier", **settings}
-    module = template(node)
+    module = template(node, file.path)
     order = published(known.recipe).new_attention_order if known else False
     table = KeyMap(module, classifier_rules(module, new_attention_order=order))
     schedule = known.schedule if known else LINEAR

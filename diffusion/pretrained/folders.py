@@ -219,7 +219,7 @@ def autoencoder_part(where: Path, file: WeightFile, arguments: Mapping[str, Any]
     node |= settings
     old = diffusers_autoencoder.OLD_NAMES
     if any(name.rsplit(".", 2)[-2:-1] and name.rsplit(".", 2)[-2] in old for name in file):
-        table = table_in_names(template(node), table.rules, _old_names(table, old))
+        table = table_in_names(template(node, file.path), table.rules, _old_names(table, old))
     return node, Place("autoencoder", file, "", table)
 
 

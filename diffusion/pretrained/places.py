@@ -96,6 +96,8 @@ def fit(place: Place) -> Fit:
             missing.append(f"{name} {list(shape)}")
         elif place.file[name].shape != shape:
             misshaped.append(f"{name} {list(place.file[name].shape)}, expected {list(shape)}")
+        elif not place.file[name].dtype.is_floating_point:
+            misshaped.append(f"{name} of {str(place.file[name].dtype)[6:]}, expected a floating type")
     return Fit(tuple(missing), tuple(misshaped), frozenset(names))
 
 
@@ -146,13 +148,18 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def template(node: Mapping[str, Any]) -> nn.Module:
-    """The module of a config node on the meta device: names and shapes without memory. ValueError for bad settings."""
+def template(node: Mapping[str, Any], where: Path | str = "the config") -> nn.Module:
+    """The module of a config node on the meta device: names and shapes without memory.
+
+    Raises ValueError for settings that make no network; `where` is what they were found in, for the message.
+    """
     settings = {name: value for name, value in node.items() if not name.startswith("_")}
     if (target := node.get("_target_")) not in MODELS:
-        raise ValueError(f"{target} is no network that foreign files hold; those are {', '.join(MODELS)}")
+        raise ValueError(
+            f"{where} names {target}, which is no network that foreign files hold; those are {', '.join(MODELS)}"
+        )
     try:
         with torch.device("meta"), Uninitialised():
             return MODELS[target](**settings)
     except (TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"no network of ours has these sizes: {str(error)[:300]}") from error
+        raise ValueError(f"{where} is damaged, or no network of ours has these sizes: {str(error)[:300]}") from error

@@ -14,7 +14,7 @@ import torch
 from diffusion.pretrained.places import Place, Recognised
 from diffusion.pretrained.weight_files import WeightFile
 
-SAMPLE_TENSORS, SAMPLE_VALUES = 48, 4096  # of the quick scan for NaN
+SAMPLE_TENSORS, SAMPLE_VALUES = 24, 1024  # of the quick scan for NaN
 SHOWN = 12  # names of keys listed
 PARTS = {
     "net": "network",

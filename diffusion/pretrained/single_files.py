@@ -152,7 +152,7 @@ def _told_denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
         if parts.autoencoder is None:
             absent.append("autoencoder")
         else:
-            table = autoencoder_table(template(node))
+            table = autoencoder_table(template(node, file.path))
             places.append(Place("autoencoder", file, parts.autoencoder, table))
     if node := config.get("conditioner"):
         _told_conditioner(file, parts, node, places, absent)
@@ -257,7 +257,7 @@ def _unet_place(
     weights: str,
     notes: list[str],
 ) -> Place:
-    module = template(net)
+    module = template(net, file.path)
     vector = architecture.vector_prefix(below(file.shapes, prefix))
     rules = list(guided_diffusion.unet_rules(module, linear_projections=linear, vector_prefix=vector))
     averages = any(name.startswith(AVERAGED) for name in file)

@@ -51,10 +51,10 @@ def encoder_settings(tower: Tower, *, num_heads: int | None = None, activation: 
 
 def text_place(part: str, file: WeightFile, tower: Tower, node: dict[str, Any]) -> Place:
     """Where a tower's weights are, for the encoder that `node` describes."""
-    table = tower.table(template(node))
+    table = tower.table(template(node, file.path))
     renamed = {name: key.removeprefix(tower.prefix) for name, key in tower.keys.items()}
     if any(name != key for name, key in renamed.items()):
-        table = table_in_names(template(node), table.rules, renamed)
+        table = table_in_names(template(node, file.path), table.rules, renamed)
     return Place(part, file, tower.prefix, table)
 
 
