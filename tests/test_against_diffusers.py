@@ -5,6 +5,7 @@ that diffusers makes of the published schedulers' configs.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sd_cases import NEGATIVE, PROMPT, SIZE
 from torch import Tensor
 
 from diffusion.checkpoint import build
+from diffusion.convert import convert
 from diffusion.images import to_uint8
 from diffusion.own_settings import sampler_node
 from diffusion.pipeline import LatentDiffusion
@@ -42,6 +44,11 @@ FAST = {  # those that are no slow tests
 }
 
 
+def some(names: Sequence[str], fast: Sequence[str] = ("sd1",)) -> list[Any]:
+    """The names, all that are not in `fast` marked as slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
 def cases(names: list[str], kinds: Any = PEERS, fast: Any = FAST) -> list[Any]:
     """(name, kind), all that are not in `fast` marked as slow."""
     pairs = [(name, kind) for name in names for kind in kinds]
@@ -58,9 +65,13 @@ def sampler(name: str, kind: str) -> Sampler:
     return build(node, {node["_target_"]})
 
 
+def load(path: Path) -> LatentDiffusion:
+    return LatentDiffusion.load(path, device="cpu", dtype="float32", silent=True)
+
+
 @functools.cache
 def model(name: str) -> LatentDiffusion:
-    return LatentDiffusion.load(sd_cases.folder(name), device="cpu", dtype="float32", silent=True)
+    return load(sd_cases.folder(name))
 
 
 def starts(*seeds: int) -> Tensor:
@@ -113,7 +124,7 @@ def test_the_picture_is_closer_still_from_a_start_of_the_first_levels_variance(k
     assert_same(ours("sd1", kind, **SQUARE), expected)
 
 
-@pytest.mark.parametrize("name", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
+@pytest.mark.parametrize("name", some(FAMILIES))
 def test_pictures_of_a_batch_without_a_negative_prompt_are_those_of_diffusers(name):
     asked = {"prompt": [PROMPT, ""], "negative_prompt": None, **SQUARE}
     expected = theirs(name, "ddim", latents=starts(5, 6), **asked)
@@ -213,3 +224,47 @@ def test_editing_by_instruction_is_that_of_diffusers(files):
     expected = theirs(name, "ddim", image=picture, latents=starts(0), image_guidance_scale=IMAGE_SCALE)
     guidance = TwoScaleGuidance(SCALE, IMAGE_SCALE)
     assert_same(ours(name, "ddim", image=files["image"], guidance=guidance), expected)
+
+
+# --- the same weights in other files ---------------------------------------------------------------------------------
+
+
+def drawn(pipe: Any) -> Tensor:
+    """A picture of four steps by a pipeline of diffusers, whatever it starts from."""
+    picture, task = sd_cases.picture()[None] / 2 + 0.5, type(pipe).__name__
+    asked = {"image": picture} if any(word in task for word in ("Img2Img", "Inpaint", "Pix2Pix")) else dict(SQUARE)
+    asked |= {"mask_image": sd_cases.mask()[None], **SQUARE} if "Inpaint" in task else {}
+    asked |= {"num_inference_steps": 4, "guidance_scale": SCALE, "output_type": "pt"}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(PROMPT, negative_prompt=NEGATIVE, generator=torch.Generator().manual_seed(0), **asked).images
+
+
+@pytest.mark.parametrize("name", some(sd_cases.NAMES))
+def test_diffusers_draws_the_same_from_our_single_file_and_from_our_folder_of_that(name, tmp_path):
+    import diffusers
+
+    kind = getattr(diffusers, sd_cases.KINDS[name].pipeline)
+    expected, file = drawn(kind.from_pretrained(sd_cases.folder(name))), sd_cases.single_file(name)
+    single = kind.from_single_file(str(file), config=str(sd_cases.folder(name)), local_files_only=True)
+    assert torch.equal(drawn(single), expected)
+    back = convert(file, tmp_path / "folder", layout="diffusers", say=lambda line: None)
+    assert torch.equal(drawn(kind.from_pretrained(back)), expected)
+
+
+@pytest.mark.parametrize("name", some(sd_cases.NAMES, fast=["sd1", "sd2-v", "sdxl-base"]))
+def test_a_single_file_is_the_same_model_as_its_folder(name):
+    single, whole = load(sd_cases.single_file(name)), model(name)
+    assert (single.diffusion.parameterization, single.sampler) == (whole.diffusion.parameterization, whole.sampler)
+    for part in ("net", "autoencoder", "conditioner"):
+        one, other = (getattr(pipe, part).state_dict() for pipe in (single, whole))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_folder_of_sharded_variants_draws_what_its_weights_in_half_precision_would():
+    whole = load(sd_cases.folder("sd1", dtype="float16"))
+    parts = load(sd_cases.folder("sd1", dtype="float16", variant="fp16", max_shard_size="2MB"))
+    pictures = [pipe(PROMPT, num_steps=3, **SQUARE) for pipe in (whole, parts)]
+    assert torch.equal(*pictures)
+    change = (pictures[0] - model("sd1")(PROMPT, num_steps=3, **SQUARE)).abs().max()
+    assert 0 < change < 0.1
