@@ -145,6 +145,12 @@ def step(
     return torch.add(mean, fresh, alpha=var**0.5), history
 
 
+def _along_a_path(noise: Noise) -> BrownianNoise:
+    if not isinstance(noise, SampleNoise):
+        raise ValueError(f"noise=brownian is drawn by seed: give SampleNoise(seeds), not {noise!r}")
+    return noise.brownian()
+
+
 def _draw(noise: Noise | BrownianNoise, s_noise: float, x: Tensor, here: Level, there: Level) -> Tensor:
     """The noise of a move between two levels, in either direction."""
     fresh = noise.between(x, here, there) if isinstance(noise, BrownianNoise) else noise(x)
@@ -316,7 +322,7 @@ class Sampler:
             solver=solver,
             eta=self.eta,
             variance=self.variance or (diffusion.variance if solver.belief is euler else "posterior"),
-            noise=noise.brownian() if self.noise == "brownian" else noise,
+            noise=_along_a_path(noise) if self.noise == "brownian" else noise,
             s_noise=self.s_noise,
             time_of=diffusion.schedule.time_of,
             parameterization=diffusion.parameterization,

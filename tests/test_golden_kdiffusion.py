@@ -14,7 +14,7 @@ from golden_cases import Case, assert_close, load, names
 from torch import Tensor
 
 from diffusion.guidance import Levels
-from diffusion.process import GaussianDiffusion, Prediction, fresh_variance
+from diffusion.process import GaussianDiffusion, Prediction, fresh_variance, transition
 from diffusion.sampling import sample
 from diffusion.schedule import CLEAN, Level, Schedule, cosine, linear, power, scaled_linear
 from diffusion.solvers import SOLVERS, Solver
@@ -138,6 +138,64 @@ def test_dpm_fast_is_a_grid_even_in_log_sigma_with_solvers_of_falling_order(name
         [state] = sample(denoise, x, interval, axis.level, solver=solvers[order], time_of=axis.time_of)
         x = state.x
     assert_close(x / axis.level(timesteps[-1]).alpha, case[f"out.{key}.final"], 1e-4)
+
+
+class StepSize:
+    """The peer's controller: the next step from the errors of the last three, and whether this one is accepted."""
+
+    def __init__(self, order: int, pcoeff: float = 0.0, icoeff: float = 1.0, dcoeff: float = 0.0, h: float = 0.05):
+        self.h, self.inverse_errors = h, []
+        self.powers = [c / order for c in (pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff)]
+
+    def accepts(self, error: float) -> bool:
+        inverse = 1 / (error + 1e-8)
+        self.inverse_errors = [inverse, *(self.inverse_errors or [inverse] * 3)[1:]]
+        factor = math.prod(e**power for e, power in zip(self.inverse_errors, self.powers, strict=True))
+        factor = 1 + math.atan(factor - 1)
+        if factor >= 0.81:
+            self.inverse_errors = [inverse, inverse, self.inverse_errors[1]]
+        self.h *= factor
+        return factor >= 0.81
+
+
+ADAPTIVE = [(n, key) for n in names("kdiffusion/dpm_adaptive_fast") for key in load(n).config["runs"]]
+
+
+@pytest.mark.parametrize(("name", "key"), ADAPTIVE)
+def test_dpm_adaptive_compares_two_of_our_beliefs(name, key):
+    """The norm of its error spans the batch, so that an image would depend on its neighbours: no sampler of ours.
+
+    The weaker belief of the third order is DPM-Solver-2 with the first of its points; of the second order it is Euler.
+    """
+    case, axis = load(name), AXES["sigma"]
+    kwargs = dict(case.config["runs"][key]["kwargs"])
+    order, rtol, atol = kwargs.pop("order"), kwargs.pop("rtol", 0.05), 0.0078
+    high, low = (-math.log(case.config[end]) for end in ("sigma_max", "sigma_min"))
+    x, here, size, trace = case["in.x"].double(), high, StepSize(order, **kwargs), []
+    denoise, asked = denoiser(mixture(case.config["denoiser"]), axis.level), []
+
+    def watched(x: Tensor, t: float) -> Prediction:
+        asked.append(denoise(x, t))
+        return asked[-1]
+
+    before = x
+    while here < low - 1e-5:
+        there = min(low, here + size.h)
+        t, s = math.exp(-here), math.exp(-there)
+        asked.clear()
+        solver = SOLVERS[{2: "dpm2", 3: "dpm3"}[order]]
+        [state] = sample(watched, x, (t, s), axis.level, solver=solver, time_of=axis.time_of)
+        eps = asked[0].eps + (1.5 * (asked[1].eps - asked[0].eps) if order == 3 else 0)
+        weaker, _ = transition(Prediction.from_eps(x, eps, axis.level(t)), axis.level(t), axis.level(s))
+        allowed = torch.maximum(weaker.abs(), before.abs()).mul(rtol).clamp(min=atol)
+        error = (((weaker - state.x) / allowed).norm() / x.numel() ** 0.5).item()
+        if size.accepts(error):
+            x, before, here = state.x, weaker, there
+        trace.append((math.exp(-here), error, size.h))
+    assert len(trace) == case.config["runs"][key]["info"]["steps"]
+    # The first errors are of the size of the peer's rounding, which moves the steps after them by a part in 1000.
+    assert_close(torch.tensor(trace), case[f"out.{key}.trace"], 2e-3, "sigma, error, h")
+    assert_close(x, case[f"out.{key}.final"], 1e-4)
 
 
 @pytest.mark.parametrize("name", names("kdiffusion/ancestral_step"))
