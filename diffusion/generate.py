@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.asked import Asked, check_count, choose_asked, choose_labels, classes_asked, classes_of
-from diffusion.denoiser import NULL_LABEL
+from diffusion.denoiser import NULL_LABEL, Denoiser
 from diffusion.devices import HALF, choose_device, choose_dtype, half_weights, in_own_precision, resident
-from diffusion.guidance import ClassifierGuidance
+from diffusion.guidance import ClassifierGuidance, LogProbGrad
 from diffusion.guiding import check_same_space, guidance_for, say_guidance, with_classifier
-from diffusion.image_tasks import Begin, Source, begun, check_source, pasted, picture_task
+from diffusion.image_tasks import Begin, Source, begun, pasted, picture_task
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import fold
 from diffusion.sampling import SampleNoise, Sampler
@@ -88,56 +88,67 @@ def generate(
     """Draw one batch (B, C, H, W), in [-1, 1] for pixels, as float32 on the CPU. Sample i depends on `seeds[i]` alone.
 
     `shape` is that of an image; with an `autoencoder` its latents are sampled and decoded, in tiles of `tile` latent
-    pixels if large images must fit into memory. `source` are the pictures to start from, to repaint or to edit. The
-    modules are used as they
-    are (call `.eval()` and `.to(device)` first, or let offload="sequential" move one at a time); in bfloat16 and
-    float16 a float32 network runs under autocast, one of such weights as it is, while the
-    sampler's arithmetic stays float32; float64 needs modules in float64. Matrix kernels round differently for small
-    and odd batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself with spare samples
-    that are thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. `labels` are for the network,
-    if it knows classes, and for a classifier that guides (whose `guidance` comes from `with_classifier`). Raises
-    ValueError for samples that are not finite.
+    pixels if large images must fit into memory. `source` are pictures to start from, to repaint or to edit. `labels`
+    are for the network, if it knows classes, and for a classifier that guides (whose `guidance` comes from
+    `with_classifier`).
+
+    The modules are used as they are: call `.eval()` and `.to(device)` first, or let offload="sequential" move one at a
+    time. The sampler's arithmetic is float32, or float64 (then the modules must be); in bfloat16 and float16 a float32
+    network runs under autocast, and one with such weights as it is. Matrix kernels round differently for small and odd
+    batches, by about 1e-6 an answer; `pad_to` fills the batch up to a multiple of itself with spare samples that are
+    thrown away, and multiples of 16 were measured to agree bit for bit on CPUs. Raises ValueError for samples that are
+    not finite.
     """
-    wanted, given = len(seeds), source
+    wanted, given, device = len(seeds), source, torch.device(device)
     sampler = sampler_for(sampler, latents=autoencoder is not None)
     seeds, labels, inputs, negative = (padded_all(part, pad_to) for part in (seeds, labels, inputs, negative))
     source = None if source is None else source.chosen(partial(padded, multiple=pad_to))
-    device = torch.device(device)
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    told = {"seeds": seeds, "condition_noise": condition_noise, "device": device, "dtype": state_dtype}
+    told = {"seeds": seeds, "condition_noise": condition_noise, "device": device, "dtype": state_dtype(dtype)}
     with resident(conditioner, device, offload):
         condition, null = conditions(net, conditioner, labels, inputs, negative, **told)
     noise = SampleNoise(seeds, device=device)
-    x = noise.initial(shape if autoencoder is None else autoencoder.latent_shape(shape)).to(state_dtype)
-    grid = sampler.timesteps(diffusion.schedule)
-    task = picture_task(net, len(x[0]), conditioner)
-    check_source(source, task)
-    begin = Begin(x, grid)
-    if source is not None:
-        with resident(autoencoder, device, offload):
-            coding = {"autoencoder": autoencoder, "dtype": dtype, "tile": tile}
-            begin = begun(source, diffusion, x, grid, task=task, **coding)
-        condition, null = with_picture(condition, null, begin)
+    x = noise.initial(shape if autoencoder is None else autoencoder.latent_shape(shape)).to(state_dtype(dtype))
+    coding = {"autoencoder": autoencoder, "dtype": dtype, "tile": tile}
+    with resident(autoencoder if source else None, device, offload):
+        task = picture_task(net, len(x[0]), conditioner)
+        begin = begun(source, diffusion, x, sampler.timesteps(diffusion.schedule), task=task, **coding)
+    bound = partial(guidance, diffusion, in_own_precision(net), *with_picture(condition, null, begin))
     push = None
     if isinstance(guidance, ClassifierGuidance):
         push = guidance.log_prob_grad(diffusion, x, labels, num_classes=classes_of(net, conditioner))
+    with resident(net, device, offload), autocast_for(net, device, dtype):
+        x = walked(diffusion, sampler, bound, begin, noise, push, on_step=on_step)[:wanted]
+    check_finite(x, half=dtype in HALF)
+    with resident(autoencoder, device, offload):
+        return pasted(decoded(latents=x, **coding), given)
+
+
+def walked(
+    diffusion: GaussianDiffusion,
+    sampler: Sampler,
+    bound: Callable[[], Denoiser],
+    begin: Begin,
+    noise: SampleNoise,
+    push: LogProbGrad | None,
+    *,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Return the last state of the samples that `begin` describes; without timesteps that is their start."""
     x = begin.x
     if begin.timesteps:
-        with resident(net, device, offload), autocast_for(net, device, dtype):
-            denoise = guidance(diffusion, in_own_precision(net), condition, null)
-            walk = {"timesteps": begin.timesteps, "project": begin.project, "log_prob_grad": push}
-            for state in sampler.states(diffusion, denoise, x, noise=noise, **walk):
-                x = state.x
-                if on_step is not None:
-                    on_step()
+        along = {"timesteps": begin.timesteps, "project": begin.project, "log_prob_grad": push}
+        for state in sampler.states(diffusion, bound(), x, noise=noise, **along):
+            x = state.x
+            if on_step is not None:
+                on_step()
     if push is not None:
         push.check()
-    x = x[:wanted]
-    check_finite(x, half=dtype in HALF)
-    if autoencoder is None:
-        return pasted(x.float().cpu(), given)
-    with resident(autoencoder, device, offload):
-        return pasted(decoded(autoencoder, x, dtype=dtype, tile=tile), given)
+    return x
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the sampler's arithmetic for a network that computes in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_for(net: nn.Module, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -238,15 +249,19 @@ def sampler_for(sampler: Sampler, *, latents: bool) -> Sampler:
 
 @torch.no_grad()
 def decoded(
-    autoencoder: nn.Module, latents: Tensor, *, dtype: torch.dtype = torch.float32, tile: int | None = None
+    autoencoder: nn.Module | None, latents: Tensor, *, dtype: torch.dtype = torch.float32, tile: int | None = None
 ) -> Tensor:
     """Decode one latent after the other, so that an image depends neither on its batch nor on the memory for it.
 
-    What overflows in half precision is decoded again in float32, with a warning.
+    What overflows in half precision is decoded again in float32, with a warning. Without an autoencoder the samples
+    are images already.
     """
-    half = dtype in HALF
+    if autoencoder is None:
+        return latents.float().cpu()
+    dtype = half_weights(autoencoder) or dtype
     how = {} if tile is None else {"tile": tile, "overlap": min(8, tile // 4)}
-    decode = partial(autoencoder.decode_safely, dtype=dtype, **how) if half else partial(autoencoder.decode, **how)
+    safely = partial(autoencoder.decode_safely, dtype=dtype, **how)
+    decode = safely if dtype in HALF else partial(autoencoder.decode, **how)
     return torch.cat([decode(z).float().cpu() for z in latents.split(1)])
 
 

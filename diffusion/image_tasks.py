@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.denoiser import Network
-from diffusion.devices import HALF
+from diffusion.devices import HALF, half_weights
 from diffusion.process import GaussianDiffusion, q_sample
 
 INPAINTING, EDITING = "inpainting", "editing"
@@ -104,7 +104,7 @@ class Begin(NamedTuple):
 
 
 def begun(
-    source: Source,
+    source: Source | None,
     diffusion: GaussianDiffusion,
     noise: Tensor,
     timesteps: Sequence[Any],
@@ -114,11 +114,13 @@ def begun(
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
 ) -> Begin:
-    """Prepare sampling from pictures. `noise` (B, C, h, w) is what would be x_T; x has its type and device.
+    """Prepare sampling from pictures, or from none. `noise` (B, C, h, w) is x_T then; x has its type and device.
 
     The grid `timesteps` is of numbers or of (t, s) intervals. Raises ValueError as `check_source`.
     """
     check_source(source, task)
+    if source is None:
+        return Begin(noise, timesteps)
     images, masks = source.stacked(noise.device, noise.dtype)
     encode = partial(encoded, autoencoder, dtype=dtype, tile=tile)
     level = diffusion.schedule.level
@@ -208,9 +210,10 @@ def encoded(
     """
     if autoencoder is None:
         return images
+    dtype = half_weights(autoencoder) or dtype
     how = {} if tile is None else {"tile": tile, "overlap": min(8, tile // 4)}
-    half = dtype in HALF
-    encode = partial(autoencoder.encode_safely, dtype=dtype, **how) if half else partial(autoencoder.encode, **how)
+    safely = partial(autoencoder.encode_safely, dtype=dtype, **how)
+    encode = safely if dtype in HALF else partial(autoencoder.encode, **how)
     return torch.cat([encode(image).to(images.dtype) for image in images.split(1)])
 
 

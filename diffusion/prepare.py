@@ -57,19 +57,7 @@ def prepared(
     shape = choose_shape(model, config)
     sampler_for(sampler, latents=model.autoencoder is not None)
     sampler.timesteps(model.diffusion.schedule)
-    guidance = with_classifier(
-        guidance,
-        model.diffusion,
-        shape=shape,
-        num_classes=classes_of(model.net, model.conditioner),
-        autoencoder=model.autoencoder,
-        device=device,
-        dtype=dtype,
-        buildable=config["buildable"],
-    )
-    channels = shape[0] if model.autoencoder is None else model.autoencoder.latent_channels
-    task = picture_task(model.net, channels, model.conditioner)
-    guidance = with_two_scales(guidance, task, config.get("image_guidance_scale"))
+    guidance = guidance_ready(model, guidance, config, shape=shape, device=device, dtype=dtype)
     asked = choose_asked(model, config, guidance, shape=shape)
     conditional = classes_of(model.net, model.conditioner) is not None or asked.inputs is not None
     place(model, device, dtype, offload=config.get("offload"))
@@ -96,6 +84,31 @@ def prepared(
         "tile": choose_tile(config["tile"], model.autoencoder, shape, silent=silent),
         **{name: config[name] for name in ("num_samples", "seed", "pad_to")},
     }
+
+
+def guidance_ready(
+    model: LoadedModel,
+    guidance: Any,
+    config: Mapping[str, Any],
+    *,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """Return guidance with its classifier, if it has one, and by two scales for a model that edits pictures."""
+    guidance = with_classifier(
+        guidance,
+        model.diffusion,
+        shape=shape,
+        num_classes=classes_of(model.net, model.conditioner),
+        autoencoder=model.autoencoder,
+        device=device,
+        dtype=dtype,
+        buildable=config["buildable"],
+    )
+    channels = shape[0] if model.autoencoder is None else model.autoencoder.latent_channels
+    task = picture_task(model.net, channels, model.conditioner)
+    return with_two_scales(guidance, task, config.get("image_guidance_scale"))
 
 
 def count_steps(sampler: Sampler, diffusion: GaussianDiffusion, source: Source | None) -> int:
