@@ -24,6 +24,7 @@ HYDRA_FLAGS = (
     *("--cfg", "--config-dir", "--config-name", "--config-path", "--experimental-rerun", "--help", "--hydra-help"),
     *("--info", "--multirun", "--package", "--resolve", "--run", "--shell-completion", "--version"),
 )
+LISTS = {"sampler": ("sampler_list", "listing")}  # groups whose options a function makes a table of, for `group=` alone
 FLAGS_HELP = """\
   -m, --multirun    sweep: run once for each combination of comma-separated values
   --cfg job         print the composed config and run nothing (--resolve fills in the references)
@@ -57,6 +58,9 @@ def command(
                 print(help_text(config_name, description))
                 return
             _refuse_unknown_flags(arguments)
+            if group := next((name for name in LISTS if f"{name}=" in arguments), None):
+                print(list_of(group))
+                return
             try:
                 words = expand(arguments)
             except (ValueError, OSError) as error:
@@ -322,6 +326,17 @@ def _options(group: str) -> list[str]:
     return sorted(found, key=lambda option: ("/" in option, option))
 
 
+def list_of(group: str) -> str:
+    """Return the table of a group's options and what they are."""
+    from omegaconf import OmegaConf
+
+    module, function = LISTS[group]
+    found = {name: OmegaConf.load(CONFIGS / group / f"{name}.yaml") for name in _options(group)}
+    bases = {name: config.pop("defaults", [name])[0] for name, config in found.items()}
+    values = {name: {**found[bases[name]], **config} for name, config in found.items() if config}
+    return getattr(importlib.import_module(f"diffusion.{module}"), function)(values)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # did you mean
 
@@ -398,7 +413,8 @@ def _unknown_option(override: Any) -> str | None:
         if choice not in options and choice not in ("null", "None"):
             near = difflib.get_close_matches(choice, options, n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            return f"{override.key_or_group} has no option {choice!r}; {hint}options: {', '.join(options)}"
+            table = f"\n{list_of(group)}" if group in LISTS else ""
+            return f"{override.key_or_group} has no option {choice!r}; {hint}options: {', '.join(options)}{table}"
     return None
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Grid = tuple[int | float, ...]
 
 INTEGER_SPACINGS = ("trailing", "leading", "linspace", "quad", "ldm", "ldm_quad")
-PEER_SPACINGS = ("simple", "ddim_uniform", "beta", "lcm")
+PEER_SPACINGS = ("simple", "ddim_uniform", "beta", "sgm", "lcm")
 FRACTION_SPACINGS = ("normal", "sgm_uniform")
 NOISE_SPACINGS = ("karras", "exponential", "polyexponential", "kl_optimal")
 SEARCHED_SPACINGS = ("align_your_steps", "align_your_steps_xl")
@@ -163,6 +163,8 @@ def _spaced(total: int, n: int, spacing: str) -> list[int]:
             return sorted(total - 1 - int(k * (total / n)) for k in range(n))
         case "ddim_uniform":
             return list(range(1, total, total // n)) or [0]
+        case "sgm":
+            return sorted(int(total - 1 - k * ((total - 1) / n)) for k in range(n))
         case "lcm":
             return _distilled(total, n)
     return sorted({round(_beta_quantile(1 - k / n) * (total - 1)) for k in range(n)})

@@ -148,7 +148,8 @@ class Schedule:
         everything is shifted by +1, and a stride of T//n takes more than n steps where n does not divide T; its index
         beyond T-1 (an IndexError there) becomes T-1, and repeated steps, which do not move, are left out.
         simple, ddim_uniform and beta are ComfyUI's; beta (arXiv 2407.12173) takes the quantiles of Beta(0.6, 0.6), and
-        leaves out what rounding repeats. lcm chooses among the 50 timesteps of a latent consistency model.
+        leaves out what rounding repeats. sgm is generative-models' (Stable Diffusion XL); lcm chooses among the 50
+        timesteps of a latent consistency model.
         `spacing`, fractions: normal (linspace unrounded: k-diffusion's own), sgm_uniform (the same with
         `discard_penultimate`), karras (EDM eq. 5), exponential (even in log sigma), polyexponential, kl_optimal
         (arXiv 2404.14507), between `sigma_min` and `sigma_max` (sigma/alpha; None: the ends of the chain) and bent by

@@ -310,7 +310,7 @@ def test_sampling_needs_nothing_from_the_training_config():
 
 MATHS = {
     *("randomness", "schedule", "process", "denoiser", "guidance", "solvers", "sampling", "losses"),
-    *("grids", "timestep_samplers", "likelihood", "autoencoder_losses"),
+    *("grids", "brownian", "timestep_samplers", "likelihood", "autoencoder_losses"),
 }
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "tensorboard"}
 MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint", "processes")

@@ -194,7 +194,7 @@ def test_lcm_chooses_among_the_distilled_timesteps_as_diffusers_does(n):
 
 
 @pytest.mark.parametrize("n", [1, 4, 10, 30, 300])
-def test_comfyuis_spacings_are_its_formulas(n):
+def test_comfyuis_and_generative_models_spacings_are_their_formulas(n):
     schedule = scaled_linear()
     simple = [999 - int(k * 1000 / n) for k in range(n)]
     assert list(schedule.timesteps(n, "simple")[:-1]) == simple
@@ -202,6 +202,7 @@ def test_comfyuis_spacings_are_its_formulas(n):
     assert list(schedule.timesteps(n, "ddim_uniform")[:-1]) == (uniform or [0])
     quantiles = np.rint(beta.ppf(1 - np.arange(n) / n, 0.6, 0.6) * 999).astype(int)
     assert list(schedule.timesteps(n, "beta")[:-1]) == sorted(set(quantiles.tolist()), reverse=True)
+    assert list(schedule.timesteps(n, "sgm")[:-1]) == np.linspace(999, 0, n, endpoint=False).astype(int).tolist()
     sgm = np.linspace(999, 0, n + 1)[:-1]
     assert np.allclose(schedule.timesteps(n, "sgm_uniform")[:-1], sgm)
     assert schedule.timesteps(n, "sgm_uniform") == schedule.timesteps(n, "normal", discard_penultimate=True)
@@ -235,7 +236,16 @@ def test_every_spacing_falls_along_the_chain_and_starts_where_it_says(spacing, s
             grid = schedule.timesteps(n, spacing, **extra)
             assert all(t > s for t, s in pairwise(grid)) and grid[-1] == CLEAN and grid[0] <= 999
             assert spacing.startswith("ldm") or spacing == "ddim_uniform" or len(grid) == n + 1
-            if spacing in (*RANGED, "align_your_steps", "align_your_steps_xl", "trailing", "simple", "lcm", "beta"):
+            if spacing in (
+                *RANGED,
+                "align_your_steps",
+                "align_your_steps_xl",
+                "trailing",
+                "simple",
+                "sgm",
+                "lcm",
+                "beta",
+            ):
                 assert grid[0] == 999
             assert all(type(t) is int or t != int(t) for t in grid)
 
