@@ -47,6 +47,21 @@ class Node:
             return None
         return source.value(known[0], seen + 1)
 
+    def number(self, name: str) -> float | None:
+        """Return an input's value if it is a finite number; None otherwise."""
+        value = self.value(name)
+        return value if type(value) in (int, float) and abs(value) < float("inf") else None
+
+    def whole(self, name: str) -> int | None:
+        """Return an input's value if it is a whole number; None otherwise."""
+        value = self.value(name)
+        return value if type(value) is int else None
+
+    def text(self, name: str) -> str | None:
+        """Return an input's value if it is a text; None otherwise."""
+        value = self.value(name)
+        return value if isinstance(value, str) else None
+
     def sources(self) -> Iterator["Node"]:
         """Yield the nodes that this one's inputs come from."""
         for name in self.inputs:
@@ -93,13 +108,11 @@ def from_graph(text: str) -> Found:
         raise ValueError("its ComfyUI graph is nested too deeply") from None
     if not isinstance(nodes, dict):
         raise ValueError("its ComfyUI graph is no mapping of nodes")
-    try:
-        return _read(Graph(nodes))
-    except TypeError as error:
-        raise ValueError(f"its ComfyUI graph has a value of the wrong kind ({error})") from None
+    return _read(Graph(nodes))
 
 
 def _read(graph: Graph) -> Found:
+    """Follow a graph back from its sampler."""
     found = Found("ComfyUI")
     sampler = _first_pass(graph.sampler(), found)
     guider = sampler.node("guider") or sampler
@@ -110,7 +123,7 @@ def _read(graph: Graph) -> Found:
     _latents(sampler, found)
     decoder = next((node for node in sampler.graph.nodes.values() if node.kind.startswith("VAEDecode")), None)
     for node in decoder.upstream("vae") if decoder else ():
-        found.vae = node.value("vae_name") if node.kind == "VAELoader" else found.vae
+        found.vae = node.text("vae_name") if node.kind == "VAELoader" else found.vae
     found.notes.append("its starting noise (drawn on the CPU)")
     found.notes = unique(found.notes)
     return found
@@ -136,58 +149,60 @@ def _steps(sampler: Node, found: Found) -> None:
     """Read the grid, the solver and the seed, whichever nodes hold them."""
     sigmas, chosen, noise = sampler.node("sigmas"), sampler.node("sampler"), sampler.node("noise")
     grid = sigmas or sampler
-    scheduler = grid.value("scheduler") or (SIGMAS.get(grid.kind) if sigmas else None)
+    scheduler = grid.text("scheduler") or (SIGMAS.get(grid.kind) if sigmas else None)
     if sigmas and scheduler is None:
         found.notes.append(f"the sigmas of {grid.kind}")
-    name = (chosen or sampler).value("sampler_name")
+    name = (chosen or sampler).text("sampler_name")
     if chosen is not None and name is None:
         found.notes.append(f"the sampler of {chosen.kind}")
-    found.sampler = (str(name), scheduler) if name else None
-    seed = (noise or sampler).value("noise_seed")
-    seed = sampler.value("seed") if seed is None else seed
-    if isinstance(seed, int):
-        found.settings["seed"] = seed
-    for ours, theirs in (("sigma_max", "sigma_max"), ("sigma_min", "sigma_min"), ("rho", "rho")):
-        if sigmas and (value := grid.value(theirs)) is not None:
-            found.settings[f"sampler.{ours}"] = value
-    for ours in ("eta", "s_noise"):
-        if chosen and (value := chosen.value(ours)) is not None:
-            found.settings[f"sampler.{ours}"] = value
-    steps, strength = grid.value("steps"), grid.value("denoise")
-    strength = 1.0 if strength is None else float(strength)
-    if isinstance(steps, int):  # ComfyUI makes all its steps on the last part of a longer grid
-        found.settings["sampler.num_steps"] = int(steps / strength) if 0 < strength < 1 else steps
-    if strength < 1:
-        found.settings["strength"] = strength
-    if sampler.kind == "KSamplerAdvanced" and (sampler.value("start_at_step") or _early(sampler)):
+    found.sampler = (name, scheduler) if name else None
+    for seed in ((noise or sampler).whole("noise_seed"), sampler.whole("seed")):
+        found.settings |= {} if seed is None else {"seed": seed}
+    for holder, keys in ((sigmas, ("sigma_max", "sigma_min", "rho")), (chosen, ("eta", "s_noise"))):
+        for key in keys if holder else ():
+            if (value := holder.number(key)) is not None:
+                found.settings[f"sampler.{key}"] = value
+    _part_of_the_way(grid, found)
+    if sampler.kind == "KSamplerAdvanced" and (sampler.whole("start_at_step") or _early(sampler)):
         found.notes.append("start_at_step and end_at_step")
 
 
+def _part_of_the_way(grid: Node, found: Found) -> None:
+    """Read the number of steps and the strength: ComfyUI makes all its steps on the last part of a longer grid."""
+    steps, strength = grid.whole("steps"), grid.number("denoise")
+    if strength is not None and not 0.001 <= strength <= 1:
+        raise ValueError(f"its denoise is {strength}, which is no part of the way from 0 to 1")
+    if strength is not None and strength < 1:
+        found.settings["strength"] = float(strength)
+        steps = None if steps is None else int(steps / strength)
+    if steps is not None:
+        found.settings["sampler.num_steps"] = steps
+
+
 def _early(sampler: Node) -> bool:
-    end, steps = sampler.value("end_at_step"), sampler.value("steps")
-    return isinstance(end, int) and isinstance(steps, int) and end < steps
+    end, steps = sampler.whole("end_at_step"), sampler.whole("steps")
+    return end is not None and steps is not None and end < steps
 
 
 def _scale(guider: Node, found: Found) -> None:
-    scale = guider.value("cfg")
-    if scale is None and guider.kind == "BasicGuider":
-        scale = 1.0
-    if isinstance(scale, int | float):
+    scale = 1.0 if guider.kind == "BasicGuider" else guider.number("cfg")
+    if scale is not None:
         found.settings["guidance.guidance_scale"] = float(scale)
 
 
 def _model(guider: Node, found: Found) -> None:
     """Follow the model to its loader, through the nodes that change it."""
     for node in guider.upstream("model"):
+        predicted = {"eps": "eps", "v_prediction": "v"}.get(node.text("sampling") or "")
         if node.kind in LOADERS:
-            found.model = node.value(LOADERS[node.kind])
-        elif node.kind == "ModelSamplingDiscrete" and node.value("sampling") in ("eps", "v_prediction"):
-            found.settings["parameterization"] = {"eps": "eps", "v_prediction": "v"}[node.value("sampling")]
+            found.model = node.text(LOADERS[node.kind])
+        elif node.kind == "ModelSamplingDiscrete" and predicted:
+            found.settings["parameterization"] = predicted
             found.notes += ["zsnr"] if node.value("zsnr") else []
-        elif node.kind == "RescaleCFG" and isinstance(node.value("multiplier"), int | float):
-            found.settings["guidance.rescale"] = float(node.value("multiplier"))
+        elif node.kind == "RescaleCFG" and node.number("multiplier") is not None:
+            found.settings["guidance.rescale"] = float(node.number("multiplier"))
         else:
-            names = [str(value) for key, value in node.inputs.items() if key.endswith("_name")]
+            names = [node.text(key) or "" for key in node.inputs if key.endswith("_name")]
             found.notes.append(" ".join([node.kind, *names]))
 
 
@@ -218,23 +233,23 @@ def _text(node: Node | None, side: str, found: Found) -> str:
         found.notes.append("ConditioningZeroOut, a negative text that is no text")
         return ""
     _clip(node, found)
-    text = [node.value(key) for key in ("text", "text_g", "text_l") if isinstance(node.value(key), str)]
+    text = [node.text(key) for key in ("text", "text_g", "text_l") if node.text(key) is not None]
     if not text:
         found.notes.append(f"the {side} text, which comes from elsewhere")
     if len(set(text)) > 1:
         found.notes.append("text_l, another text for the first encoder")
     if node.kind == "CLIPTextEncodeSDXL":
         for key, (first, second) in {"original_size": ("height", "width"), "crop": ("crop_h", "crop_w")}.items():
-            if isinstance(node.value(first), int) and isinstance(node.value(second), int):
-                found.settings[key] = [node.value(first), node.value(second)]
+            pair = [node.whole(first), node.whole(second)]
+            found.settings |= {} if None in pair else {key: pair}
     return text[0] if text else ""
 
 
 def _clip(node: Node, found: Found) -> None:
     """Follow the text encoder to its loader, through LoRA (noted with the model) and the choice of its last layer."""
     for part in node.upstream("clip"):
-        if part.kind == "CLIPSetLastLayer" and isinstance(part.value("stop_at_clip_layer"), int):
-            found.settings["clip_skip"] = -part.value("stop_at_clip_layer")
+        if part.kind == "CLIPSetLastLayer" and part.whole("stop_at_clip_layer") is not None:
+            found.settings["clip_skip"] = -part.whole("stop_at_clip_layer")
 
 
 def _latents(sampler: Node, found: Found) -> None:
@@ -244,8 +259,8 @@ def _latents(sampler: Node, found: Found) -> None:
     for node in chain:
         if node.kind in EMPTY:
             for key in ("height", "width"):
-                if isinstance(node.value(key), int):
-                    found.settings[key] = node.value(key)
+                if node.whole(key) is not None:
+                    found.settings[key] = node.whole(key)
             if (count := node.value("batch_size")) not in (None, 1):
                 found.notes.append(f"which of its {count} pictures this is: it is taken for the first")
         elif node.kind in MASKED or node.kind.startswith("VAEEncode"):

@@ -5,6 +5,7 @@ Nothing here imports torch.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,9 +32,12 @@ class Parameters:
         if text is None:
             return None
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
-            raise ValueError(f"the picture's text says {name}: {text}, which is no number") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"the picture's text says {name}: {text}, which is no number")
+        return value
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from picture_cases import custom_graph, default_graph, node
 
 from diffusion.comfy_graph import from_graph
@@ -137,7 +139,7 @@ def test_the_sampler_behind_the_saved_picture_is_the_one():
         ("{}", "none of the samplers"),
         ('{"1": {"class_type": "SaveImage", "inputs": {}}}', "its nodes are SaveImage"),
         ("[" * 100000, "no JSON|nested too deeply"),
-        ('{"1": {"class_type": "KSampler", "inputs": {"denoise": {}}}}', "value of the wrong kind"),
+        ('{"1": {"class_type": "KSampler", "inputs": {"denoise": -1}}}', "its denoise is -1"),
     ],
 )
 def test_what_is_no_graph_is_refused(text, message):
@@ -153,3 +155,31 @@ def test_circles_and_broken_links_end():
     graph["6"]["inputs"] |= {"text": ["6", 0], "clip": ["nowhere", 0]}
     found = read(graph)
     assert found.model is None and found.sampler == ("euler", "normal")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([["3", 0], ["9"]]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_value_anywhere_is_read_or_refused(data):
+    graph = custom_graph() if data.draw(st.booleans()) else default_graph()
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from(sorted(graph)))
+        inputs = graph[place].get("inputs") if isinstance(graph[place], dict) else None
+        if isinstance(inputs, dict) and inputs and data.draw(st.integers(0, 4)):
+            inputs[data.draw(st.sampled_from(sorted(inputs)))] = data.draw(JSON)
+        else:
+            graph[place] = data.draw(JSON)
+    try:
+        found = read(graph)
+        assert all(isinstance(note, str) for note in found.notes)
+        assert all(isinstance(name, str | None) for name in (found.model, found.vae, *(found.sampler or ())))
+        kinds = {"seed": int, "clip_skip": int, "height": int, "prompt": str, "strength": float}
+        assert all(type(found.settings.get(key)) in (kind, type(None)) for key, kind in kinds.items())
+    except ValueError as error:
+        assert str(error)

@@ -46,8 +46,11 @@ def test_any_part_of_it_may_be_missing(text, prompt, negative, steps):
 
 
 def test_a_number_that_is_none_is_named():
-    with pytest.raises(ValueError, match="Seed: many, which is no number"):
-        parse("x\nSteps: 3, Seed: many, Size: 5x5").number("Seed", int)
+    for text in ("many", "nan", "1e999", "3.5"):
+        with pytest.raises(ValueError, match=f"Seed: {text}, which is no number"):
+            parse(f"x\nSteps: 3, Seed: {text}, Size: 5x5").number("Seed", int)
+    with pytest.raises(ValueError, match="CFG scale: inf, which is no number"):
+        parse("x\nSteps: 3, CFG scale: inf, Size: 5x5").number("CFG scale")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,15 @@ def test_a_plain_prompt_needs_no_emphasis():
     found = from_parameters(parse("a cat, \\(not weighed\\)\nSteps: 5, CFG scale: 7, Seed: 1"))
     assert found.settings["emphasis"] is True  # the backslashes are grammar, too
     assert "emphasis" not in from_parameters(parse("a cat\nSteps: 5, CFG scale: 7, Seed: 1")).settings
+
+
+@given(st.text(max_size=60), st.lists(st.sampled_from(TYPICAL.split(", ")) | st.text(max_size=9), max_size=12))
+def test_any_text_is_read_or_refused(prompt, fields):
+    text = f"{prompt}\n{', '.join(fields)}"
+    try:
+        assert all(isinstance(note, str) for note in from_parameters(parse(text)).notes)
+    except ValueError as error:
+        assert str(error)
 
 
 def test_a_text_without_settings_is_refused():
