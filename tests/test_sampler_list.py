@@ -2,6 +2,7 @@
 
 import runpy
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from diffusion.sampler_list import INSTEAD, KNOWN, LABELS, SPACINGS, a1111_name,
 from diffusion.solvers import SOLVERS
 
 
+@cache
 def values(name: str) -> dict:
     return composed(f"sampler={name}", name="sample")["sampler"]
 
