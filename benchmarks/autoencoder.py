@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from harness import interleaved, report, resident
+from harness import interleaved, report
+from load_once import resident
 from torch import Tensor
 
 from diffusion.pretrained import diffusers_autoencoder

@@ -45,12 +45,6 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MiB; getrusage would inherit the parent's peak over exec."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
-
-
 def composed(*overrides: str) -> dict[str, Any]:
     """Return what train.py composes from these words."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -10,52 +10,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import sd_files
 import torch
-from harness import interleaved, report, resident
-from torch import nn
+from harness import interleaved, report
+from load_once import SIDES, loader, touched
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-SIDES = ("ours", "diffusers")
-
-
-def loader(side: str, path: Path, configs: Path, dtype: torch.dtype) -> Callable[[], Any]:
-    """A function that loads the file once with everything that sampling needs."""
-    if side == "ours":
-        from diffusion.foreign import load_foreign
-
-        return lambda: load_foreign(path, dtype=dtype, say=lambda line: None)
-    import diffusers
-
-    sd_files.sd_cases.silence()
-    index = (configs / "model_index.json").read_text()
-    pipeline = "StableDiffusionXLPipeline" if "StableDiffusionXLPipeline" in index else "StableDiffusionPipeline"
-    load = partial(getattr(diffusers, pipeline).from_single_file, str(path), torch_dtype=dtype)
-    return partial(load, config=str(configs), local_files_only=True)
-
-
-def modules(loaded: Any) -> list[nn.Module]:
-    """The networks of what either side's loader returns."""
-    parts = loaded.components.values() if hasattr(loaded, "components") else vars(loaded).values()
-    return [part for part in parts if isinstance(part, nn.Module)]
-
-
-def touched(load: Callable[[], Any]) -> float:
-    """Load and read a number of every page, since weights that are only mapped are not in memory yet."""
-    weights = [p.detach().flatten() for module in modules(load()) for p in module.parameters()]
-    return sum(w[:: 4096 // w.element_size()].sum().item() for w in weights)
+DTYPES = ("float16", "float32")
 
 
 def times(path: Path, configs: Path, dtype: str, rounds: int) -> dict[str, str]:
     """Seconds of both sides, to have the model and to have read all of it, and the ratios."""
-    loads = {side: loader(side, path, configs, DTYPES[dtype]) for side in SIDES}
+    loads = {side: loader(side, path, configs, getattr(torch, dtype)) for side in SIDES}
     calls = loads | {f"{side}, all read": partial(touched, loads[side]) for side in SIDES}
     seconds = interleaved(calls, rounds=rounds)
     rows = {name: f"{value:8.3f} s" for name, value in seconds.items()}
@@ -74,21 +44,14 @@ def inspection(path: Path, rounds: int) -> dict[str, str]:
     return {"inspect, the whole command": f"{median(seconds):8.3f} s"}
 
 
-def measure(side: str, path: Path, configs: Path, dtype: str) -> None:
-    """Load once, read every page, and print the process's peak of resident memory and what it was before, in MiB."""
-    load = loader(side, path, configs, DTYPES[dtype])
-    before = resident("VmRSS")
-    touched(load)
-    print(before, resident("VmHWM"))
-
-
-def memory(arguments: argparse.Namespace, path: Path) -> dict[str, str]:
-    """Peak memory of both sides, each in a process of its own."""
-    size, rows = path.stat().st_size / 2**20, {"the file": f"{path.stat().st_size / 2**20:7.0f} MiB"}
+def memory(path: Path, configs: Path, dtype: str, *words: str) -> dict[str, str]:
+    """Peak memory of both sides, each in a process of its own that imports nothing else."""
+    size = path.stat().st_size / 2**20
+    rows = {"the file": f"{size:7.0f} MiB"}
+    script = str(Path(__file__).with_name("load_once.py"))
     for side in SIDES:
-        command = [sys.executable, __file__, "--measure", side, "--model", arguments.model]
-        command += ["--folder", str(arguments.folder)] + ["--small"] * arguments.small
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, script, side, str(path), str(configs), dtype, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sd_files.ROOT)
         before, peak = map(float, done.stdout.split()[-2:])
         rows[side] = (
             f"{peak:7.0f} MiB at most, {before:.0f} of them before; (peak - 300) / file {(peak - 300) / size:.3f}"
@@ -102,20 +65,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model: a trial of the script")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sd_benchmark_files")
-    parser.add_argument("--measure", choices=SIDES, help="measure the memory of one side and stop")
     given = parser.parse_args()
     size = "small" if given.small else "full"
     path, configs = (make(given.folder, given.model, size) for make in (sd_files.single_file, sd_files.configs))
-    if given.measure:
-        return measure(given.measure, path, configs, "float16")
     accelerate = "with" if find_spec("accelerate") else "without"
     what = f"{given.model} ({size}), float16, {path.stat().st_size / 1e9:.2f} GB"
     report(f"Naming a file, {what}", inspection(path, given.rounds))
     for dtype in DTYPES:
         title = f"Loading a single file, {what}, as {dtype}, diffusers {accelerate} accelerate"
         report(title, times(path, configs, dtype, given.rounds))
-    report(f"Peak memory of loading a single file, {what}, diffusers {accelerate} accelerate", memory(given, path))
-    return None
+    title = f"Peak memory of loading a single file, {what}, diffusers {accelerate} accelerate"
+    report(title, memory(path, configs, "float16"))
+    if given.model == "sd1":
+        title = f"Peak memory of a picture of two guided steps at 512x512, from {what}, as float32 on the CPU"
+        report(title, memory(path, configs, "float32", "--image", *["--small"] * given.small))
 
 
 if __name__ == "__main__":
