@@ -18,7 +18,7 @@ from diffusion.checkpoint import LoadedModel
 from diffusion.devices import check_offload, choose_device, choose_dtype
 from diffusion.generate import sampler_for, whole
 from diffusion.guiding import guidance_for, say_guidance, with_classifier, with_two_scales
-from diffusion.image_tasks import STRENGTH, Source, count_moves, picture_task, tail
+from diffusion.image_tasks import Source, count_moves, picture_task, tail
 from diffusion.probing import PARAMETERIZATIONS, answer_to_noise, likely
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
@@ -70,8 +70,7 @@ def prepared(
     if not silent:
         say_guidance(guidance, sampler, model.diffusion)
         check_steps(sampler, model.diffusion, asked.source)
-        if asked.source is not None and config.get("strength") is None and asked.source.strength is not None:
-            print(f"strength={STRENGTH}, the part of the way back to noise that image= is sent", file=sys.stderr)
+        say_decided(config, asked.source, device, dtype)
     return model, {
         **asked._asdict(),
         "guidance": guidance_for(guidance, conditional=conditional, condition_drop=model.facts["condition_drop"]),
@@ -114,6 +113,14 @@ def guidance_ready(
 def count_steps(sampler: Sampler, diffusion: GaussianDiffusion, source: Source | None) -> int:
     """Return how many moves a sampler makes from such pictures, or from noise."""
     return count_moves(tail(sampler.timesteps(diffusion.schedule), source and source.strength))
+
+
+def say_decided(config: Mapping[str, Any], source: Source | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Say on stderr what was decided for the user: half precision, and how far back to noise a picture is sent."""
+    if config["dtype"] == "auto" and dtype != torch.float32:
+        print(f"dtype={str(dtype).removeprefix('torch.')} on {device}; dtype=float32 is more exact", file=sys.stderr)
+    if source is not None and config.get("strength") is None and source.strength is not None:
+        print(f"strength={source.strength:g}, the part of the way back to noise that image= is sent", file=sys.stderr)
 
 
 def check_steps(sampler: Sampler, diffusion: GaussianDiffusion, source: Source | None) -> None:

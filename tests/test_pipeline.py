@@ -19,7 +19,16 @@ from diffusion.models.text import TextTransformer
 from diffusion.models.unet import UNet
 from diffusion.own_settings import with_own_settings
 from diffusion.pipeline import LatentDiffusion
-from diffusion.prepare import TILE, choose_tile, prepared, set_text_options, text_options_kept, with_parameterization
+from diffusion.prepare import (
+    TILE,
+    choose_tile,
+    count_steps,
+    prepared,
+    say_decided,
+    set_text_options,
+    text_options_kept,
+    with_parameterization,
+)
 from diffusion.probing import answer_to_noise
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import SampleNoise, Sampler
@@ -465,3 +474,33 @@ def test_what_was_typed_wins_value_by_value(typed, spacing, steps, scale):
 
 def test_a_model_of_train_py_brings_nothing_along(capsys):
     assert own(facts=FACTS)["guidance"]["guidance_scale"] == 2.0 and capsys.readouterr().err == ""
+
+
+def test_what_is_decided_is_said_once_on_stderr(capsys):
+    image = Image.new("RGB", (SIZE, SIZE), "red")
+    model = predicting("eps", "eps")
+    asked = {"image": image, "num_samples": 1}
+    prepared(model, Sampler(8, clip=None), ClassifierFreeGuidance(2.0), config(**asked), silent=True)
+    assert capsys.readouterr().err == ""
+    prepared(model, Sampler(8, clip=None), ClassifierFreeGuidance(2.0), config(**asked))
+    assert capsys.readouterr().err == "strength=0.75, the part of the way back to noise that image= is sent\n"
+    prepared(model, Sampler(8, clip=None), ClassifierFreeGuidance(2.0), config(**asked, strength=0.5))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_strength_of_less_than_a_step_warns_and_leaves_the_picture():
+    pipe, image = pipeline(), Image.new("RGB", (SIZE, SIZE), "red")
+    _, told = prepared(pipe, pipe.sampler, ClassifierFreeGuidance(2.0), config(image=image, strength=0.5))
+    assert count_steps(pipe.sampler, pipe.diffusion, told["source"]) == 2
+    model = predicting("eps", "eps")
+    with pytest.warns(UserWarning, match=r"strength=0\.2 of 4 steps is less than one"):
+        prepared(model, pipe.sampler, ClassifierFreeGuidance(2.0), config(image=image, strength=0.2))
+    same = pipe("a fox", image=image, strength=0.2)
+    torch.testing.assert_close(same, pipe("two cats", image=image, strength=0.0))
+
+
+def test_half_precision_by_itself_is_said(capsys):
+    say_decided({"dtype": "auto"}, None, torch.device("cuda"), torch.bfloat16)
+    assert capsys.readouterr().err == "dtype=bfloat16 on cuda; dtype=float32 is more exact\n"
+    say_decided({"dtype": "bfloat16"}, None, torch.device("cuda"), torch.bfloat16)
+    assert capsys.readouterr().err == ""

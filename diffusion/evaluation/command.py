@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion.asked import choose_shape
 from diffusion.evaluation.features import choose_features
 from diffusion.evaluation.metrics import METRICS, Evaluation, check_compared, check_metrics, counted, report
 from diffusion.evaluation.reference import Reference, open_images, open_reference
@@ -124,7 +125,7 @@ def check_wanted(config: Mapping[str, Any], model: Any) -> None:
     """Raise ValueError where what a model is going to draw, or the model itself, cannot be measured as asked."""
     _, bits = asked_metrics(config)
     if (evaluation := evaluation_for(config)) is not None:
-        check_shape(evaluation, model.facts["shape"], config["num_samples"])
+        check_shape(evaluation, choose_shape(model, config), config["num_samples"])
     if bits:
         from diffusion.evaluation.bits_per_dim import check_model
 
