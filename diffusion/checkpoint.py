@@ -29,6 +29,7 @@ from diffusion.model_file import (
     save_model,
     weights_hash,
 )
+from diffusion.pretrained.keymap import without_memory
 from diffusion.pretrained.weight_files import WeightFile, open_weights
 
 __all__ = [
@@ -339,9 +340,7 @@ def _from(file: WeightFile, name: str, like: Tensor) -> Tensor:
 
 def build_empty(node: Mapping[str, Any], allowed: frozenset[str] | set[str] = BUILDABLE) -> nn.Module:
     """Build a module of a config without memory for its weights, on the meta device."""
-    from diffusion.pretrained.places import Uninitialised
-
-    with torch.device("meta"), Uninitialised():
+    with without_memory():
         return build(node, allowed)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from diffusion.checkpoint import LoadedModel, build, build_empty, read_header
 from diffusion.diffusers_folder import write_json, write_tokenizer
 from diffusion.files import exists
 from diffusion.foreign import check_keys, linear_projections, read_ours
-from diffusion.layouts import PLANS, Content, Plan, Target, plan_compvis
+from diffusion.layouts import PLANS, Content, Plan, plan_compvis
 from diffusion.model_file import CARRIED, clean, is_ours, kind_of, model_metadata, tensors_hash
+from diffusion.pretrained.keymap import CONV1D, CONV2D, SAME, Rule, Transform
 from diffusion.pretrained.recognise import Place, Recognised, recognise
 from diffusion.pretrained.weight_files import WeightFile, open_weights
 from diffusion.tensor_stream import Slot, write_stream
@@ -37,12 +38,16 @@ TRAINING = re.compile(
 )
 
 
+RESHAPES = (SAME, CONV1D, CONV2D)  # transforms that leave the elements in their order
+
+
 @dataclass(frozen=True)
 class Tensors:
-    """A tensor somewhere: what it is, and how it is read."""
+    """A tensor somewhere: what it is, how it is read, and how its elements are read in order, portion by portion."""
 
     slot: Slot
     read: Callable[[], Tensor]
+    portions: Callable[[], Iterable[Tensor]]
 
 
 @dataclass
@@ -171,7 +176,7 @@ def read_source(path: str | Path, *, weights: str = "auto") -> Source:
     for place in found.places:
         for rule in place.table.rules:
             slot = Slot(place.table.shapes[rule.ours], _dtype(place, rule.foreign))
-            tensors[f"{place.part}.{rule.ours}"] = Tensors(slot, _reader(place, rule))
+            tensors[f"{place.part}.{rule.ours}"] = _placed(slot, place, rule)
     there = {place.part.partition(".")[0] for place in found.places}
     modules = {name: build_empty(node) for name, node in found.config.items() if name in there}
     diffusion = build(found.config["diffusion"]) if "diffusion" in found.config else None
@@ -209,9 +214,9 @@ def _from_ours(path: Path) -> Source:
         raise ValueError(f"{path} holds a {kind}; only layout=guided-diffusion has such files")
     own = "net" if kind == "denoiser" else kind
     tensors, carried = {}, {}
-    for name, entry in file.items():
+    for name in file:
         key = clean(name)
-        held = Tensors(Slot(*entry), _whole(file, name))
+        held = _whole(file, name)
         if key.startswith(CARRIED):
             carried[key.removeprefix(CARRIED)] = held
         else:
@@ -241,17 +246,17 @@ def _leftovers(found: Recognised, notes: list[str]) -> dict[str, Tensors]:
     carried, dropped = {}, 0
     for file in found.files:
         folder = f"{file.path.parent.name}/" if found.layout == "diffusers" else ""
-        for name, entry in file.items():
+        for name in file:
             if (id(file), name) in used:
                 continue
             if TRAINING.match(name) or (raw and name.startswith("model.diffusion_model.")):
                 dropped += 1
             elif name.startswith(CARRIED):
-                carried[name.removeprefix(CARRIED)] = Tensors(Slot(*entry), _whole(file, name))
+                carried[name.removeprefix(CARRIED)] = _whole(file, name)
             else:
-                carried[f"{found.layout}.{folder}{name}"] = Tensors(Slot(*entry), _whole(file, name))
+                carried[f"{found.layout}.{folder}{name}"] = _whole(file, name)
     if (file := _carried_file(found)) is not None:
-        carried |= {name: Tensors(Slot(*entry), _whole(file, name)) for name, entry in file.items()}
+        carried |= {name: _whole(file, name) for name in file}
     if found.layout == "diffusers" and (aside := [p for p in ASIDE if (Path(found.path) / p).is_dir()]):
         notes.append(f"{', '.join(aside)}: not part of what is converted, and left out")
     if dropped:
@@ -285,16 +290,24 @@ def _dtype(place: Place, names: tuple[str, ...]) -> torch.dtype:
     return dtype
 
 
-def _reader(place: Place, rule: Any) -> Callable[[], Tensor]:
-    return lambda: read_ours(place, rule, own=True)
+def _placed(slot: Slot, place: Place, rule: Rule) -> Tensors:
+    """One of our tensors in a foreign file."""
+
+    def read() -> Tensor:
+        return read_ours(place, rule, own=True)
+
+    if rule.transform in RESHAPES:
+        return Tensors(slot, read, lambda: place.file.portions(place.prefix + rule.foreign[0]))
+    return Tensors(slot, read, lambda: [read()])
 
 
-def _whole(file: WeightFile, name: str) -> Callable[[], Tensor]:
-    return lambda: file.read(name, own=True)
+def _whole(file: WeightFile, name: str) -> Tensors:
+    """A tensor of a file as it is."""
+    return Tensors(Slot(*file[name]), lambda: file.read(name, own=True), lambda: file.portions(name))
 
 
 def _held(tensor: Tensor) -> Tensors:
-    return Tensors(Slot(tuple(tensor.shape), tensor.dtype), lambda: tensor)
+    return Tensors(Slot(tuple(tensor.shape), tensor.dtype), lambda: tensor, lambda: [tensor])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,23 +316,30 @@ def _held(tensor: Tensor) -> Tensors:
 
 @dataclass
 class Writing:
-    """One file to be: its slots by name, and the moves, each of one tensor and what becomes of it."""
+    """One file to be: its slots by name, and the moves: a tensor, the names that it gets, and how it gets into them."""
 
     slots: dict[str, Slot] = field(default_factory=dict)
-    moves: list[tuple[Tensors, Callable[[Tensor], Mapping[str, Tensor]]]] = field(default_factory=list)
+    moves: list[tuple[Tensors, tuple[str, ...], Transform]] = field(default_factory=list)
 
-    def add(self, held: Tensors, slots: Mapping[str, Slot], move: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
-        self.slots |= slots
-        self.moves.append((held, move))
+    def add(self, held: Tensors, names: Iterable[str], transform: Transform, dtype: torch.dtype | None) -> None:
+        """Move a tensor; floating-point ones are cast to `dtype` unless that is None."""
+        kind = held.slot.dtype if dtype is None or not held.slot.dtype.is_floating_point else dtype
+        outline = transform.save(torch.empty(held.slot.shape, device="meta"))
+        self.moves.append((held, tuple(names), transform))
+        self.slots |= {name: Slot(tuple(o.shape), kind) for name, o in zip(names, outline, strict=True)}
 
     def add_whole(self, name: str, held: Tensors) -> None:
         """A tensor that keeps its type and shape; one that is there already wins."""
         if name not in self.slots:
-            self.add(held, {name: held.slot}, lambda tensor: {name: tensor})
+            self.add(held, [name], SAME, None)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for held, move in self.moves:
-            yield from move(held.read()).items()
+    def tensors(self) -> Iterator[tuple[str, Iterable[Tensor]]]:
+        """What `write_stream` writes."""
+        for held, names, transform in self.moves:
+            if transform in RESHAPES:
+                yield names[0], held.portions()
+            else:
+                yield from zip(names, ([part] for part in transform.save(held.read())), strict=True)
 
 
 def write(
@@ -351,42 +371,38 @@ def _files(source: Source, plan: Plan, layout: str, dtype: torch.dtype | None) -
         for rule in target.table.rules:
             full = f"{target.part}.{rule.ours}"
             placed.add(full)
-            _add_rule(file, source.tensors[full], target, rule, dtype)
+            file.add(source.tensors[full], [target.prefix + name for name in rule.foreign], rule.transform, dtype)
     for name, tensor in plan.buffers.items():
         files[""].add_whole(name, _held(tensor))
     carried = dict(source.carried)
     if unplaced := [full for full in source.tensors if full not in placed]:
-        carried |= _named(source, set(unplaced), dtype)
+        carried |= _named(source, set(unplaced))
     for name, held in carried.items():
         _add_carried(files, name, held, layout)
     return files
 
 
-def _add_rule(file: Writing, held: Tensors, target: Target, rule: Any, dtype: torch.dtype | None) -> None:
-    kind = held.slot.dtype if dtype is None or not held.slot.dtype.is_floating_point else dtype
-    outline = rule.transform.save(torch.empty(held.slot.shape, device="meta"))
-    names = [target.prefix + name for name in rule.foreign]
-    slots = {name: Slot(tuple(part.shape), kind) for name, part in zip(names, outline, strict=True)}
-    file.add(held, slots, lambda tensor: dict(zip(names, rule.transform.save(tensor), strict=True)))
-
-
-def _named(source: Source, unplaced: set[str], dtype: torch.dtype | None) -> dict[str, Tensors]:
+def _named(source: Source, unplaced: set[str]) -> dict[str, Tensors]:
     """What a layout has no place for, in CompVis' names, which have one for all that was published."""
-    kept = Writing()
+    named = {}
     for target in plan_compvis(source.content, complete=False).targets:
         for rule in target.table.rules:
             if (full := f"{target.part}.{rule.ours}") in unplaced:
-                _add_rule(kept, source.tensors[full], target, rule, dtype)
-    named = {}
-    for held, move in kept.moves:
-        for name, part in move(torch.empty(held.slot.shape, device="meta")).items():
-            slot = Slot(tuple(part.shape), kept.slots[name].dtype)
-            named[f"compvis.{name}"] = Tensors(slot, _one(held, move, name))
+                held = source.tensors[full]
+                outline = rule.transform.save(torch.empty(held.slot.shape, device="meta"))
+                for number, (name, part) in enumerate(zip(rule.foreign, outline, strict=True)):
+                    slot = Slot(tuple(part.shape), held.slot.dtype)
+                    named[f"compvis.{target.prefix}{name}"] = _one(slot, held, rule, number)
     return named
 
 
-def _one(held: Tensors, move: Callable[[Tensor], Mapping[str, Tensor]], name: str) -> Callable[[], Tensor]:
-    return lambda: move(held.read())[name]
+def _one(slot: Slot, held: Tensors, rule: Rule, number: int) -> Tensors:
+    """One of the foreign tensors that a tensor of ours becomes."""
+
+    def read() -> Tensor:
+        return rule.transform.save(held.read())[number]
+
+    return Tensors(slot, read, lambda: [read()])
 
 
 def _add_carried(files: dict[str, Writing], name: str, held: Tensors, layout: str) -> None:
@@ -450,11 +466,11 @@ def _hash(source: Source, part: str, dtype: torch.dtype | None) -> str:
     """`weights_hash` of a part as it is to be, one tensor after the other."""
     names = sorted(name for name in source.tensors if name.startswith(f"{part}."))
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]:
         for name in names:
-            tensor = source.tensors[name].read()
-            cast = dtype is not None and tensor.is_floating_point()
-            yield name.removeprefix(f"{part}."), tensor.to(dtype) if cast else tensor
+            held = source.tensors[name]
+            kind = held.slot.dtype if dtype is None or not held.slot.dtype.is_floating_point else dtype
+            yield name.removeprefix(f"{part}."), kind, held.slot.shape, (p.to(kind) for p in held.portions())
 
     return tensors_hash(tensors())
 

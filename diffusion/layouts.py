@@ -14,7 +14,7 @@ from diffusion.conditioning import ClassConditioner
 from diffusion.diffusers_folder import pipeline_json, scheduler_json, text_json
 from diffusion.models.text import TextTransformer
 from diffusion.pretrained import export_compvis, export_diffusers, ldm_text, open_clip, transformers
-from diffusion.pretrained.keymap import KeyMap, Rule
+from diffusion.pretrained.keymap import KeyMap, Rule, without_memory
 from diffusion.process import GaussianDiffusion
 from diffusion.text_conditioning import TextConditioner, XLConditioner
 from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer
@@ -254,7 +254,7 @@ def _shortened(encoder: TextTransformer, num_layers: int, plan: Plan) -> TextTra
     if num_layers == len(encoder.blocks) and encoder.projection is None:
         return encoder
     block = encoder.blocks[0]
-    with torch.device("meta"):
+    with without_memory():
         short = TextTransformer(
             encoder.vocab_size,
             encoder.channels,

@@ -156,17 +156,17 @@ def model_metadata(
 
 def weights_hash(module: nn.Module) -> str:
     """Return the SHA-256 of a module's tensors: names, types, shapes and values, wherever and in whatever order."""
-    state = {clean(key): tensor for key, tensor in module.state_dict().items()}
-    return tensors_hash((key, state[key]) for key in sorted(state))
+    state = {clean(key): tensor.detach() for key, tensor in module.state_dict().items()}
+    return tensors_hash((key, state[key].dtype, tuple(state[key].shape), [state[key]]) for key in sorted(state))
 
 
-def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of tensors that come in the order of their names."""
+def tensors_hash(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], Iterable[Tensor]]]) -> str:
+    """Return the SHA-256 of tensors, in the order of their names: name, type, shape, and values in portions."""
     digest = hashlib.sha256()
-    for key, tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    for key, dtype, shape, portions in tensors:
+        digest.update(f"{key} {dtype} {shape}\n".encode())
+        for portion in portions:
+            digest.update(portion.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

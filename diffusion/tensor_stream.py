@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from diffusion.files import atomic_write
-from diffusion.pretrained.weight_files import DTYPES
+from diffusion.pretrained.weight_files import DTYPES, PORTION
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNED = 64  # bytes
-PORTION = 2**22  # elements that are cast at once
 
 
 class Slot(NamedTuple):
@@ -33,10 +32,10 @@ class Slot(NamedTuple):
 def write_stream(
     path: str | Path,
     slots: Mapping[str, Slot],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tensors`, in any order and each cast to its slot's type, as one safetensors file, atomically.
+    """Write `tensors`, in any order, each in portions and cast to its slot's type, as one safetensors file, atomically.
 
     Raises ValueError where they are not those of `slots`. Tensors whose bytes are a multiple of 64 lie first and so at
     such multiples, which processors read fastest when the file is mapped; the others follow, wider types first.
@@ -51,12 +50,13 @@ def write_stream(
         file.write(header)
         file.truncate(len(header) + at)
         waiting = set(slots)
-        for name, tensor in tensors:
-            if name not in waiting or tuple(tensor.shape) != slots[name].shape:
-                raise ValueError(f"{name} {list(tensor.shape)} was not announced, or came twice or in another shape")
+        for name, portions in tensors:
+            if name not in waiting:
+                raise ValueError(f"{name} was not announced, or came twice")
             waiting.remove(name)
             file.seek(len(header) + offsets[name])
-            _write(file, tensor, slots[name].dtype)
+            if (written := _write(file, portions, slots[name].dtype)) != slots[name].nbytes:
+                raise ValueError(f"{name} came with {written} bytes, but {slots[name].nbytes} were announced")
         if waiting:
             raise ValueError(f"{len(waiting)} tensors never came, such as {min(waiting)}")
 
@@ -78,8 +78,11 @@ def _header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    for part in [flat] if flat.dtype == dtype else flat.split(PORTION):
-        if part.numel():
-            file.write(part.to(dtype).view(torch.uint8).numpy().data)
+def _write(file: BinaryIO, portions: Iterable[Tensor], dtype: torch.dtype) -> int:
+    written = 0
+    for portion in portions:
+        flat = portion.detach().cpu().contiguous().flatten()
+        for part in [flat] if flat.dtype == dtype else flat.split(PORTION):
+            if part.numel():
+                written += file.write(part.to(dtype).view(torch.uint8).numpy().data)
+    return written

@@ -7,8 +7,9 @@ they describe must be the one that was to be exported: nothing is expressible by
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
+
+from diffusion.pretrained.keymap import without_memory
 
 PLAIN = (int, float, str, bool, tuple, type(None))
 IRRELEVANT = ("training", "checkpointing", "scale_factor", "shift", "split", "max_length", "projection_channels")
@@ -52,7 +53,7 @@ def _said(settings: Mapping[str, Any], name: str) -> Any:
 def check_same(ours: nn.Module, build: Any, settings: Mapping[str, Any], what: str) -> None:
     """Raise ValueError unless `build(**settings)` computes what `ours` does; `what` names the foreign code."""
     try:
-        with torch.device("meta"):
+        with without_memory():
             theirs = build(**settings)
     except (TypeError, ValueError) as error:  # widths that its groups, heads or whole numbers cannot express
         raise ValueError(f"{what} has no network like this one ({str(error).splitlines()[0]})") from error

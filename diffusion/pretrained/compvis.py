@@ -6,12 +6,11 @@ Stable Diffusion checkpoints hold these names under the prefix `model.diffusion_
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion.models.unet import UNet
 from diffusion.pretrained import guided_diffusion
-from diffusion.pretrained.keymap import Config, KeyMap
+from diffusion.pretrained.keymap import Config, KeyMap, without_memory
 
 DEFAULTS = guided_diffusion.DEFAULTS | {
     "num_heads": -1,
@@ -159,7 +158,7 @@ def _class_settings(read: Config) -> dict[str, Any]:
 def unet_table(config: Mapping[str, Any]) -> KeyMap:
     """The two-way table for a network with these foreign keyword arguments."""
     read = _read(config)
-    with torch.device("meta"):
+    with without_memory():
         net = UNet(**unet_config(config))
     rules = guided_diffusion.unet_rules(
         net,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion.models.autoencoder import AutoencoderKL, SpatialAutoencoder
 from diffusion.models.unet import Block
 from diffusion.models.vq import VQAutoencoder
-from diffusion.pretrained.keymap import CONV2D, SAME, STACKED, Config, KeyMap, Rule, Transform, renamed
+from diffusion.pretrained.keymap import CONV2D, SAME, STACKED, Config, KeyMap, Rule, Transform, renamed, without_memory
 
 KL_DEFAULTS = {"ddconfig": Config.REQUIRED, "embed_dim": Config.REQUIRED}
 VQ_DEFAULTS = KL_DEFAULTS | {"n_embed": Config.REQUIRED, "remap": None, "colorize_nlabels": None}
@@ -102,7 +102,7 @@ def _build(config: Mapping[str, Any], **settings: Any) -> SpatialAutoencoder:
 
 def autoencoder_table(config: Mapping[str, Any]) -> KeyMap:
     """The two-way table for an autoencoder with these foreign keyword arguments."""
-    with torch.device("meta"):
+    with without_memory():
         net = _build(config)
     return KeyMap(net, _rules(net))
 

@@ -13,7 +13,7 @@ from diffusion.models.attention import SpatialTransformer
 from diffusion.models.layers import EmbeddingMLP, ResidualBlock, timestep_embedding
 from diffusion.models.unet import Block, UNet
 from diffusion.pretrained.guided_diffusion import transformer_rules
-from diffusion.pretrained.keymap import STACKED, SWAPPED_HALVES, Config, KeyMap, Rule, renamed
+from diffusion.pretrained.keymap import STACKED, SWAPPED_HALVES, Config, KeyMap, Rule, renamed, without_memory
 
 SHARED_DEFAULTS = {
     "center_input_sample": False,
@@ -309,7 +309,7 @@ def _class_settings(read: Config) -> dict[str, Any]:
 def unet_table(config: Mapping[str, Any]) -> KeyMap:
     """The two-way table for a network with this config."""
     read = _read(config)
-    with torch.device("meta"):
+    with without_memory():
         net = UNet(**unet_config(config))
     return KeyMap(net, _unet_rules(net, read))
 

@@ -6,14 +6,13 @@ For AutoencoderKL and, if the config says `_class_name: VQModel` or counts codes
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion.models.autoencoder import AutoencoderKL, SpatialAutoencoder
 from diffusion.models.vq import VQAutoencoder
 from diffusion.pretrained.compvis_autoencoder import latent_rules
 from diffusion.pretrained.diffusers import block_rules, level_rules
-from diffusion.pretrained.keymap import Config, KeyMap, Rule, renamed
+from diffusion.pretrained.keymap import Config, KeyMap, Rule, renamed, without_memory
 
 SHARED_DEFAULTS = {
     "in_channels": 3,
@@ -122,7 +121,7 @@ def _build(config: Mapping[str, Any]) -> SpatialAutoencoder:
 
 def autoencoder_table(config: Mapping[str, Any]) -> KeyMap:
     """The two-way table for an autoencoder with this config, in today's names; see `renew_names` for older ones."""
-    with torch.device("meta"):
+    with without_memory():
         net = _build(config)
     return KeyMap(net, _rules(net))
 

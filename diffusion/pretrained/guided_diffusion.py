@@ -6,14 +6,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffusion.models.attention import SpatialTransformer
 from diffusion.models.layers import EmbeddingMLP, ResidualBlock
 from diffusion.models.stages import CHANNEL_MULTS, Block, StageNetwork
 from diffusion.models.unet import SuperResolutionUNet, UNet
-from diffusion.pretrained.keymap import CONV1D, CONV2D, Config, KeyMap, Rule, heads_outermost, renamed
+from diffusion.pretrained.keymap import CONV1D, CONV2D, Config, KeyMap, Rule, heads_outermost, renamed, without_memory
 
 DEFAULTS = {
     "in_channels": Config.REQUIRED,
@@ -146,7 +145,7 @@ def downsamplings(image_size: int, resolutions: str) -> tuple[int, ...]:
 
 def unet_table(config: Mapping[str, Any], *, super_resolution: bool = False) -> KeyMap:
     """The two-way table for a network with these foreign keyword arguments."""
-    with torch.device("meta"):
+    with without_memory():
         net = UNet(**unet_config(config, super_resolution=super_resolution))
     return KeyMap(net, unet_rules(net, new_attention_order=config.get("use_new_attention_order", False)))
 

@@ -6,7 +6,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion.models.classifier import POOLS, Classifier
@@ -18,7 +17,7 @@ from diffusion.pretrained.guided_diffusion import (
     way_down_config,
     way_down_rules,
 )
-from diffusion.pretrained.keymap import CONV1D, CONV2D, SAME, TRANSPOSED, Config, KeyMap, Rule, renamed
+from diffusion.pretrained.keymap import CONV1D, CONV2D, SAME, TRANSPOSED, Config, KeyMap, Rule, renamed, without_memory
 
 CLASSIFIER_DEFAULTS = {
     **{name: default for name, default in DEFAULTS.items() if name != "num_classes"},
@@ -85,7 +84,7 @@ def classifier_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def classifier_table(config: Mapping[str, Any]) -> KeyMap:
     """The two-way table for a classifier with these foreign keyword arguments."""
-    with torch.device("meta"):
+    with without_memory():
         net = Classifier(**classifier_config(config))
     return KeyMap(net, classifier_rules(net, new_attention_order=config.get("use_new_attention_order", False)))
 

@@ -4,11 +4,13 @@ A `KeyMap` is a bijection: rules that rename one tensor each, if need be with a 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,22 @@ class Config:
             if not any(self.values[name] == value and type(self.values[name]) is type(value) for value in values):
                 choices = " or ".join(repr(value) for value in values)
                 raise ValueError(f"{self.what} with {name}={self.values[name]!r} is not supported; only {choices}")
+
+
+DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "zeros_", "ones_", "constant_")
+
+
+class Uninitialised(TorchFunctionMode):
+    """Within this, modules leave out their initial weights, which cost seconds even where there is no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within this, modules are built on the meta device: names, shapes and settings alone, in no time."""
+    with torch.device("meta"), Uninitialised():
+        yield

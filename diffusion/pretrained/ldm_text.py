@@ -7,12 +7,11 @@ in `bert/`. Its captions are word pieces of BERT's vocabulary (`tokenizer.WordPi
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion.models.text import TextTransformer
 from diffusion.pretrained import transformers
-from diffusion.pretrained.keymap import STACKED, Config, KeyMap, Rule, renamed
+from diffusion.pretrained.keymap import STACKED, Config, KeyMap, Rule, renamed, without_memory
 
 LAYOUTS = ("compvis", "diffusers")
 HEAD_CHANNELS = 64  # x-transformers' default, which no published model changes
@@ -132,7 +131,7 @@ def _theirs(layout: str, ours: str, i: int = 0, part: str = "") -> str:
 
 def text_table(settings: Mapping[str, Any], layout: str) -> KeyMap:
     """The two-way table for an encoder with these settings of ours."""
-    with torch.device("meta"):
+    with without_memory():
         net = TextTransformer(**settings)
     return KeyMap(net, text_rules(net, layout))
 

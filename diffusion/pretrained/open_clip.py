@@ -7,11 +7,10 @@ SDXL's below `conditioner.embedders.1.model.`; open_clip's own files also hold t
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion.models.text import TextTransformer
-from diffusion.pretrained.keymap import Config, KeyMap, Rule, Transform, renamed
+from diffusion.pretrained.keymap import Config, KeyMap, Rule, Transform, renamed, without_memory
 
 MODEL_DEFAULTS = {"embed_dim": Config.REQUIRED, "text_cfg": Config.REQUIRED, "quick_gelu": False}
 MODEL_HARMLESS = ("vision_cfg", "init_logit_scale", "init_logit_bias", "output_dict", "custom_text", "cast_dtype")
@@ -115,7 +114,7 @@ def text_rules(net: TextTransformer) -> Iterator[Rule]:
 
 def text_table(config: Mapping[str, Any]) -> KeyMap:
     """The two-way table for a text tower with this config."""
-    with torch.device("meta"):
+    with without_memory():
         net = TextTransformer(**text_config(config))
     return KeyMap(net, text_rules(net))
 

@@ -9,16 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.classifier import Classifier
 from diffusion.models.text import TextTransformer
 from diffusion.models.unet import SuperResolutionUNet, UNet
 from diffusion.models.vq import VQAutoencoder
-from diffusion.pretrained.keymap import KeyMap, Rule
+from diffusion.pretrained.keymap import KeyMap, Rule, without_memory
 from diffusion.pretrained.weight_files import WeightFile
 
 AVERAGED = "model_ema.diffusion_model"  # then the names without their dots
@@ -28,7 +26,7 @@ HARMLESS = re.compile(
     r"|denoiser\.(log_)?sigmas|(first_stage_model\.)?(model_ema|loss)\..*|embedding_manager\..*"
     r"|cond_stage_model\.(logit_scale|text_projection|mapper\..*|final_ln\..*)"
     r"|(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask|to_logits\.(weight|bias))|(.*\.)?(visual|vision_model)\..*"
-    r"|(optimizer|lr_scheduler|callbacks)\..*|epoch|global_step)$"
+    r"|(carried|optimizer|lr_scheduler|callbacks)\..*|epoch|global_step)$"
 )
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -136,18 +134,6 @@ MODELS = {
 }
 
 
-DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "zeros_", "ones_", "constant_")
-
-
-class Uninitialised(TorchFunctionMode):
-    """Within this, modules leave out their initial weights, which cost seconds even where there is no memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def template(node: Mapping[str, Any], where: Path | str = "the config") -> nn.Module:
     """The module of a config node on the meta device: names and shapes without memory.
 
@@ -159,7 +145,7 @@ def template(node: Mapping[str, Any], where: Path | str = "the config") -> nn.Mo
             f"{where} names {target}, which is no network that foreign files hold; those are {', '.join(MODELS)}"
         )
     try:
-        with torch.device("meta"), Uninitialised():
+        with without_memory():
             return MODELS[target](**settings)
     except (TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"{where} is damaged, or no network of ours has these sizes: {str(error)[:300]}") from error

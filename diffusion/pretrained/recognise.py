@@ -6,7 +6,7 @@ Names, shapes, configs and a few small buffers are read, never the weights; `Rec
 from pathlib import Path
 
 from diffusion.pretrained.folders import is_diffusers_folder, recognise_folder
-from diffusion.pretrained.places import Place, Recognised, Uninitialised
+from diffusion.pretrained.places import Place, Recognised
 from diffusion.pretrained.single_files import recognise_file
 from diffusion.pretrained.weight_files import open_weights
 
@@ -25,7 +25,6 @@ def recognise(path: str | Path, *, weights: str = "auto") -> Recognised:
     path = Path(path).expanduser()
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}; choose one of {', '.join(WEIGHTS)}")
-    with Uninitialised():
-        if is_diffusers_folder(path):
-            return recognise_folder(path, weights=weights)
-        return recognise_file(open_weights(path), weights=weights)
+    if is_diffusers_folder(path):
+        return recognise_folder(path, weights=weights)
+    return recognise_file(open_weights(path), weights=weights)

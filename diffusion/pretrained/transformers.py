@@ -7,11 +7,10 @@ Diffusion 1 holds them below `cond_stage_model.transformer.`, SDXL below `condit
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion.models.text import TextTransformer
-from diffusion.pretrained.keymap import STACKED, Config, KeyMap, Rule, renamed
+from diffusion.pretrained.keymap import STACKED, Config, KeyMap, Rule, renamed, without_memory
 
 DEFAULTS = {
     "vocab_size": 49408,
@@ -85,7 +84,7 @@ def text_rules(net: TextTransformer) -> Iterator[Rule]:
 
 def text_table(config: Mapping[str, Any], *, projected: bool | None = None) -> KeyMap:
     """The two-way table for a text model with this config."""
-    with torch.device("meta"):
+    with without_memory():
         net = TextTransformer(**text_config(config, projected=projected))
     return KeyMap(net, text_rules(net))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LONGEST_HEADER = 16_000_000  # bytes; safetensors allows 100 MB, the largest known header has 1 MB
+PORTION = 2**22  # elements
 MANY_TENSORS = 200_000  # Stable Diffusion XL has 2515
 DTYPES = {
     "F64": torch.float64,
@@ -57,10 +58,12 @@ class WeightFile(Mapping[str, Entry]):
         entries: Mapping[str, Entry],
         read: Callable[[str, bool], Tensor],
         *,
+        portions: Callable[[str, int], Iterator[Tensor]] | None = None,
         metadata: Mapping[str, str] | None = None,
         extras: tuple[str, ...] = (),
     ) -> None:
         self.path, self._entries, self._read = path, dict(entries), read
+        self._portions = portions or (lambda name, size: iter(read(name, False).flatten().split(size)))
         self.metadata, self.extras = dict(metadata or {}), extras
 
     def __getitem__(self, name: str) -> Entry:
@@ -87,6 +90,11 @@ class WeightFile(Mapping[str, Entry]):
         """
         self._entries[name]  # KeyError for an unknown name
         return self._read(name, own)
+
+    def portions(self, name: str, size: int = PORTION) -> Iterator[Tensor]:
+        """The tensor's elements in order, flat, at most `size` at a time in memory of their own."""
+        self._entries[name]
+        yield from self._portions(name, size)
 
 
 class TorchFile(WeightFile):
@@ -184,8 +192,15 @@ def _open_safetensors(path: Path) -> WeightFile:
             data = data.clone()  # no type can be laid over an odd address
         return data.view(entry.dtype).view(entry.shape)
 
+    def portions(name: str, size: int) -> Iterator[Tensor]:
+        entry, begin, _ = places[name]
+        for first in range(0, torch.Size(entry.shape).numel(), size):
+            count = min(size, torch.Size(entry.shape).numel() - first)
+            yield _copied(path, start + begin + first * entry.dtype.itemsize, Entry((count,), entry.dtype))
+
     entries = {name: place[0] for name, place in places.items()}
-    return WeightFile(path, entries, read, metadata={str(key): str(value) for key, value in metadata.items()})
+    plain = {str(key): str(value) for key, value in metadata.items()}
+    return WeightFile(path, entries, read, portions=portions, metadata=plain)
 
 
 def _copied(path: Path, begin: int, entry: Entry) -> Tensor:
@@ -286,7 +301,13 @@ def _open_shards(path: Path) -> Shards:
     entries = {name: files[file][name] for name, file in names.items()}
     first = next(iter(files.values()), None)
     metadata = {} if first is None else first.metadata
-    return Shards(path, entries, lambda name, own: files[names[name]].read(name, own=own), metadata=metadata)
+    return Shards(
+        path,
+        entries,
+        lambda name, own: files[names[name]].read(name, own=own),
+        portions=lambda name, size: files[names[name]].portions(name, size),
+        metadata=metadata,
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
