@@ -48,8 +48,9 @@ def modules(loaded: Any) -> list[nn.Module]:
 def touched(load: Callable[[], Any]) -> Any:
     """Load and read a number of every page, since weights that are only mapped are not in memory yet."""
     loaded = load()
-    for weights in (p.detach().flatten() for module in modules(loaded) for p in module.parameters()):
-        weights[:: 4096 // weights.element_size()].sum().item()
+    for weight in (weight for module in modules(loaded) for weight in module.parameters()):
+        memory = torch.empty(0, dtype=weight.dtype).set_(weight.untyped_storage())  # in its own order, uncopied
+        memory[:: 4096 // weight.element_size()].sum().item()
     return loaded
 
 
