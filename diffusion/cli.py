@@ -66,7 +66,9 @@ def command(
             except (ValueError, OSError) as error:
                 stop_together(str(error))
             ahead = words[: len(words) - len(arguments)]
-            sys.argv[1:] = [*ahead, *(quoted(argument, texts) for argument in arguments)]
+            typed = [quoted(argument, texts) for argument in arguments]
+            first = next((i for i, word in enumerate(typed) if "=" in word and not word.startswith("-")), 0)
+            sys.argv[1:] = [*typed[:first], *ahead, *typed[first:]]  # flags may not part Hydra's words
             _run_hydra(main, config_name, folder, ahead)
 
         return run
@@ -105,7 +107,8 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead
 
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         if sweeping:
-            typed = [override for override in HydraConfig.get().overrides.task if override not in ahead]
+            added = {word.partition("=")[0] for word in ahead}
+            typed = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in added]
             cfg[folder] = str(Path(cfg[folder]) / sweep_folder(typed, folder))
         typed_wrong = True
         try:

@@ -35,7 +35,7 @@ class Parameters:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"the picture's text says {name}: {text}, which is no number")
         return value
 

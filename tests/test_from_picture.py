@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from picture_cases import custom_graph, default_graph, node, picture_of, save_with_texts
 from PIL import Image
-from tiny import run, save_tiny
+from tiny import ROOT, run, save_tiny
 
 import diffusion.sample_folder
 from diffusion.cli import _compose
@@ -144,6 +147,41 @@ def test_a_picture_from_before_there_were_as_many_settings_is_read(drawn, tmp_pa
     image = np.asarray(Image.open(drawn / "000013.png"))[..., None]
     save_png(image, tmp_path / "old.png", old)
     again(tmp_path / "old.png", tmp_path, monkeypatch, capsys)
+
+
+def test_a_sweep_over_a_picture_names_its_folders_by_what_was_typed(drawn, tmp_path, monkeypatch, capsys):
+    words = ["-m", f"from={drawn / '000013.png'}", f"out_dir={tmp_path / 'sweep'}", "seed=18,19"]
+    status, _, err = run("sample", words, monkeypatch, capsys)
+    assert status == 0, err
+    folders = sorted(path.parent for path in (tmp_path / "sweep").rglob("samples.npz"))
+    assert [folder.name.rpartition(",")[2] for folder in folders] == ["seed=18", "seed=19"]
+    assert "sampler" not in folders[0].name
+    first = np.load(folders[0] / "samples.npz")["arr_0"][0, :, :, 0]
+    assert np.array_equal(first, np.asarray(Image.open(drawn / "000013.png")))
+
+
+def test_to_go_on_it_is_enough_to_name_the_picture(monkeypatch):
+    words = ["sample.py", "sampler=ddim", "++sampler.eta=1.0", "~sampler.rho", '++from="x.png"', "from=x.png", "seed=3"]
+    monkeypatch.setattr("sys.argv", words)
+    assert diffusion.sample_folder._same_command(Path("out")) == "sample.py from=x.png seed=3 out_dir=out"
+    monkeypatch.setattr("sys.argv", [words[0], "-m", *words[1:], "out_dir=out/a"])
+    assert diffusion.sample_folder._same_command(Path("out/a")) == "sample.py -m from=x.png seed=3 out_dir=out"
+    monkeypatch.setattr("sys.argv", ["sample.py", "seed=3", "out_dir=out"])
+    assert diffusion.sample_folder._same_command(Path("out")) == "sample.py seed=3 out_dir=out"
+
+
+def test_what_a_picture_means_is_shown_without_torch(drawn):
+    arguments = ["sample.py", f"from={drawn / '000013.png'}", "--cfg", "job"]
+    code = (
+        f"import runpy, sys; sys.argv = {arguments!r}; sys.path.insert(0, '.')\n"
+        "try: runpy.run_path('sample.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('loaded', sorted({'torch', 'numpy', 'lightning'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "seed: 18" in output and "num_steps: 3" in output
+    assert output.rstrip().endswith("loaded []")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import sd_cases
+from picture_cases import default_graph, node, picture_of, save_with_texts
 from PIL import Image
 from tiny import run
 
@@ -120,3 +121,34 @@ def test_a_moved_or_changed_image_is_found_or_said(given, tmp_path, monkeypatch,
     picture.with_name("start.png").unlink()
     status, _, err = run("sample", words, monkeypatch, capsys)
     assert status == 2 and f"was made with image={start}" in err and "add image=FILE" in err
+
+
+@pytest.mark.filterwarnings("ignore:this model is sampled as predicting")
+@pytest.mark.parametrize("program", ["A1111", "ComfyUI"])
+def test_a_picture_of_another_program_draws_what_its_settings_draw(given, program, tmp_path, monkeypatch, capsys):
+    """Of text to image for A1111, of half the way from an image for ComfyUI, whose steps are those that it takes."""
+    words = [f"checkpoint={sd_cases.folder('sd1')}"]
+    if program == "A1111":
+        fields = (
+            "Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3.5, Seed: 9, Size: 96x64, Clip skip: 2"
+        )
+        save_with_texts(tmp_path / "x.png", parameters=f"a (red:1.3) cat\nNegative prompt: a dog\n{fields}")
+        asked = ["prompt=a (red:1.3) cat", "negative_prompt=a dog", "sampler=dpmpp_2m_karras", "sampler.num_steps=3"]
+        asked += ["guidance.guidance_scale=3.5", "seed=9", "height=64", "width=96", "clip_skip=2", "emphasis=true"]
+        asked += ["long_prompt=chunk"]
+    else:
+        settings = {"steps": 2, "cfg": 3.5, "seed": 2**63 + 5, "sampler_name": "euler", "denoise": 0.5}
+        graph = default_graph(**settings, latent_image=["11", 0])
+        graph["11"] = node("VAEEncode", pixels=["12", 0], vae=["4", 2])
+        picture_of(tmp_path / "x.png", graph)
+        words.append(f"image={given / 'a.png'}")
+        asked = ["prompt=beautiful scenery, purple galaxy bottle", "negative_prompt=text, watermark", "strength=0.5"]
+        asked += ["sampler=euler", "sampler.num_steps=4", "guidance.guidance_scale=3.5", f"seed={2**63 + 5}"]
+        asked += ["long_prompt=chunk"]
+    pixels = []
+    for name, line in (("a", [f"from={tmp_path / 'x.png'}", *words]), ("b", [*words, *asked])):
+        status, _, err = run("sample", [*line, f"out_dir={tmp_path / name}"], monkeypatch, capsys)
+        assert status == 0, err
+        assert (f"from={tmp_path / 'x.png'}: {program}: " in err) == (name == "a")
+        pixels.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
+    assert np.array_equal(*pixels)

@@ -254,6 +254,10 @@ def test_the_recipe_trains_on_a_folder_and_samples_in_two_stages(tmp_path, monke
 
     found = sampled("all", f"condition_image={tmp_path / 'small.npz'}", "num_samples=5")
     assert found["arr_0"].shape == (5, 16, 16, 3) and found["arr_1"].tolist() == labels
+    made = run("sample", [f"from={tmp_path / 'all' / 'images' / '000003.png'}", f"out_dir={tmp_path / 'again'}",
+                          "verify=true"], monkeypatch, capsys)  # fmt: skip
+    assert made[0] == 0 and "identical" in made[1], made
+    assert read_text(tmp_path / "again" / "images" / "000000.png")["condition_image"].endswith("small.npz#3")
     one = sampled("one", f"condition_image={tmp_path / 'small.png'}", "labels=0", "num_samples=1", "seed=2")
     assert np.array_equal(one["arr_0"][0], found["arr_0"][2])
     text = read_text(tmp_path / "one" / "images" / "000000.png")
