@@ -1,12 +1,13 @@
 """Say what a file of weights is, or write a model in another layout.
 
     uv run python -m diffusion.pretrained inspect FILE [weights=auto|ema|raw] [nan=sample|all|none]
-    uv run python -m diffusion.pretrained convert IN OUT --layout compvis|diffusers|ours [--dtype float16]
+    uv run python -m diffusion.pretrained convert IN OUT --layout compvis|diffusers|ours|guided-diffusion
+        [--dtype keep|float16|bfloat16|float32] [--weights auto|ema|raw] [--recipe NAME]
 
 FILE is a .safetensors, .ckpt or .pt file, an index of shards, or a folder in diffusers' layout. `inspect` reads the
 header and a few values of some tensors, nan=all every value; its exit status is 1 for a file that cannot be used.
-`convert` writes a single file (compvis), a folder that diffusers loads, or our own model.safetensors, tensor by tensor;
---dtype is float16, bfloat16, float32 or keep (the default).
+`convert` writes a single file (compvis), a folder that diffusers loads, our own model.safetensors or a .pt file, tensor
+by tensor; --dtype keep leaves the weights' types as they are; --recipe names that of a guided-diffusion file.
 """
 
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 LAYOUTS = ("compvis", "diffusers", "ours", "guided-diffusion")
 DTYPES = ("keep", "float16", "bfloat16", "float32")
 CHOICES = {"weights": ("auto", "ema", "raw"), "nan": ("sample", "all", "none"), "layout": LAYOUTS, "dtype": DTYPES}
-USES = {"inspect": (1, ("weights", "nan")), "convert": (2, ("layout", "dtype"))}
+USES = {"inspect": (1, ("weights", "nan")), "convert": (2, ("layout", "dtype", "weights", "recipe"))}
 
 
 def read_words(command: str, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -27,14 +28,15 @@ def read_words(command: str, words: Sequence[str]) -> tuple[list[str], dict[str,
         name, is_setting, value = word.lstrip("-").partition("=")
         if word.startswith("--") and not is_setting:
             if not rest:
-                raise ValueError(f"{word} needs a value; choose one of {', '.join(CHOICES.get(name, ()))}")
+                choices = f"; choose one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
+                raise ValueError(f"{word} needs a value{choices}")
             value = rest.pop(0)
         elif not is_setting or (name not in CHOICES and not word.startswith("--")):
             files.append(word)
             continue
         if name not in allowed:
             raise ValueError(f"{command} takes no {name}; it takes {' and '.join(allowed)}")
-        if value not in CHOICES[name]:
+        if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name}={value} is unknown; choose one of {', '.join(CHOICES[name])}")
         settings[name] = value
     if len(files) != count:
@@ -61,7 +63,7 @@ def convert(words: Sequence[str]) -> int:
         raise ValueError(f"convert needs --layout; choose one of {', '.join(LAYOUTS)}")
     from diffusion.convert import convert as write
 
-    print(write(source, out, layout=settings["layout"], dtype=settings.get("dtype", "keep")))
+    print(write(source, out, **settings))
     return 0
 
 

@@ -16,6 +16,7 @@ from diffusion.pretrained.places import Place, Recognised, compared, table_in_na
 from diffusion.pretrained.prediction import assumed_scale
 from diffusion.pretrained.scheduler_config import SAMPLERS, read_scheduler
 from diffusion.pretrained.text_places import encoder_settings, text_parts, text_place, towers_of
+from diffusion.pretrained.told import TOLD, read_told
 from diffusion.pretrained.weight_files import WeightFile, find_weights, open_weights, read_json, variant_of
 
 PIPELINE = "model_index.json"
@@ -127,14 +128,20 @@ def _assembled(folders: Folders, file: WeightFile, arguments: Mapping[str, Any],
     if kind != "ldm":
         config["conditioner"] = _conditioner(folders, kind, places, absent, notes)
     config["diffusion"], told, scheduler = read_scheduler(path / "scheduler", file, family, notes)
+    told_config, told_facts = read_told(file) if TOLD in file.metadata else ({}, {})
+    if own := told_config.get("diffusion"):
+        config["diffusion"], told = own, own.get("parameterization")
     size = _size(arguments, factor)
     facts = families.facts_of(family, image_size=size, told=told is not None)
-    facts["scheduler"] = scheduler
     facts["sampler"] = SAMPLERS.get(scheduler.get("_class_name", ""), facts["sampler"])
+    facts |= {"scheduler": scheduler, **told_facts}
     if pixels:
         facts["shape"][0] = settings["in_channels"]
-    if (conditioner := config.get("conditioner")) and "texts" in conditioner:
-        conditioner["image_size"] = facts["shape"][1]
+    if conditioner := config.get("conditioner"):
+        if _alike(conditioner, own := told_config.get("conditioner") or {}):
+            config["conditioner"] = own
+        elif "texts" in conditioner:
+            conditioner["image_size"] = facts["shape"][1]
     found = Recognised(
         path=path,
         layout="diffusers",
@@ -150,6 +157,12 @@ def _assembled(folders: Folders, file: WeightFile, arguments: Mapping[str, Any],
         files=tuple({id(place.file): place.file for place in places}.values()),
     )
     return compared(found)
+
+
+def _alike(found: dict[str, Any], told: dict[str, Any]) -> bool:
+    """Whether a folder that we wrote still has the text encoders that it had then."""
+    mine, other = ([(e["channels"], e["num_layers"]) for e in text_parts(node).values()] for node in (found, told))
+    return bool(mine) and mine == other
 
 
 def unet_part(where: Path, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], KeyMap]:

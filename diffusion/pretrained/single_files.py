@@ -3,7 +3,6 @@
 The parts are found by the names that they all have below whatever prefix, and their sizes are read from shapes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +28,12 @@ from diffusion.pretrained.places import AVERAGED, Place, Recognised, Shapes, com
 from diffusion.pretrained.prediction import assumed_scale, read_parameterization, read_schedule
 from diffusion.pretrained.text_files import Tower
 from diffusion.pretrained.text_places import encoder_settings, text_conditioner, text_parts, text_place, towers_of
+from diffusion.pretrained.told import TOLD, read_told
 from diffusion.pretrained.weight_files import WeightFile
 
 UNET = "input_blocks.0.0.weight"
 CODER = "encoder.down.0.block.0.conv1.weight"
 TOKENS = "token_emb.weight"
-TOLD = "diffusion.config"  # in the header of files that we exported: our nodes, as JSON; beside it the facts
-TOLD_FACTS = "diffusion.facts"
 CLASSES = "cond_stage_model.embedding.weight"
 ADDED_ROW = Transform(lambda rows: nn.functional.pad(rows, (0, 0, 0, 1)), lambda rows: (rows[:-1],))
 
@@ -141,7 +139,7 @@ def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
 
 def _told_denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
     """A denoiser in a file that says itself what it is, as those that we export do; all but the names is believed."""
-    config, facts = _read_told(file)
+    config, facts = read_told(file)
     net = config["net"]
     linear = architecture.linear_projections(below(file.shapes, parts.unet))
     family, title = _told_family(parts, config, linear)
@@ -172,19 +170,6 @@ def _told_denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
             files=(file,),
         )
     )
-
-
-def _read_told(file: WeightFile) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        config, facts = json.loads(file.metadata[TOLD]), json.loads(file.metadata.get(TOLD_FACTS, "{}"))
-        whole = all(isinstance(config[name], dict) for name in ("net", "diffusion")) and isinstance(facts, dict)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{TOLD} in the header of {file.path} is damaged ({error!r:.80}); take another copy"
-        ) from error
-    if not whole:
-        raise ValueError(f"{TOLD} in the header of {file.path} has no net and no diffusion; take another copy of it")
-    return config, facts
 
 
 def _told_family(parts: Parts, config: Mapping[str, Any], linear: bool) -> tuple[Family | None, str]:
