@@ -1,19 +1,27 @@
 """The UNet and its blocks against outputs and gradients of the original codebases, in whatever configs they carry."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import Case, assert_bijection, assert_close, key_configs, key_list, key_lists, load, names
 from torch import nn
 
+from diffusion.model_file import tensors_hash
 from diffusion.models.attention import Attention, FeedForward, SelfAttention, SpatialTransformer
 from diffusion.models.layers import Downsample, ResidualBlock, Upsample, timestep_embedding
-from diffusion.pretrained import compvis, diffusers, guided_diffusion
+from diffusion.models.unet import UNet
+from diffusion.pretrained import compvis, diffusers, export_compvis, export_diffusers, guided_diffusion
+from diffusion.pretrained.compare import differences
 from diffusion.pretrained.keymap import CONV2D, STACKED, KeyMap, Rule, Transform, renamed
 
 OUTPUT, GRADIENT = 5e-5, 3e-4  # of the tensor's scale; a second run of the peers themselves differs by up to 1.5e-5
 UNETS = names("adm/unet_*") + names("adm/superres*") + names("unet/*") + names("two_layouts/unet_*")
-LAYOUTS = sorted({name.rsplit(".", 1)[0] for name in names("two_layouts/unet_*")})
+LDM_TWINS = [name.removesuffix(".ldm") for name in names("two_layouts/unet_*.ldm")]
+# Of the same networks as diffusers saved them: config, and the SHA-256 of names, types, shapes and values.
+DIFFUSERS_TWINS = json.loads((Path(__file__).parent / "golden/two_layouts/diffusers_hashes.json").read_text())
 
 
 def layout(case: Case):
@@ -75,13 +83,31 @@ def test_unet_table_is_a_bijection_bit_for_bit(name):
     assert_bijection(module.unet_table(case.config, **facts), weights)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_two_layouts_of_one_network_become_the_same_network(name):
-    one, other = (load(f"{name}.{kind}") for kind in ("diffusers", "ldm"))
-    first = diffusers.load_unet(one.config, one.group("weights")).state_dict()
-    second = compvis.load_unet(other.config, other.group("weights")).state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+@pytest.mark.parametrize("name", LDM_TWINS)
+def test_a_network_in_ldms_names_becomes_what_diffusers_saved_of_the_same_one(name):
+    case = load(f"{name}.ldm")
+    stored = {key.removeprefix("weights."): t for key, t in case.tensors.items() if key.startswith("weights.")}
+    ours = compvis.unet_table(case.config).to_ours(stored)
+    twin = DIFFUSERS_TWINS[name.rsplit("/", 1)[1]]
+    theirs = diffusers.unet_table(twin["config"]).to_foreign(ours)
+    assert (
+        tensors_hash((k, theirs[k].dtype, tuple(theirs[k].shape), [theirs[k]]) for k in sorted(theirs))
+        == twin["sha256"]
+    )
+
+
+@pytest.mark.parametrize("name", LDM_TWINS)
+def test_a_network_is_described_to_either_code_as_its_own_constructor_was_called(name):
+    case, twin = load(f"{name}.ldm"), DIFFUSERS_TWINS[name.rsplit("/", 1)[1]]["config"]
+    with torch.device("meta"):
+        net = UNet(**compvis.unet_config(case.config))
+    linear = twin.get("use_linear_projection", False)
+    sized = twin.get("addition_embed_type") == "text_time"
+    table = export_compvis.unet_table(net, linear_projections=linear)
+    assert table.foreign_shapes == compvis.unet_table(case.config).foreign_shapes
+    config = export_diffusers.unet_json(net, linear_projections=linear, sized_text=sized)
+    assert diffusers.unet_table(config).foreign_shapes == diffusers.unet_table(twin).foreign_shapes
+    assert differences(UNet(**diffusers.unet_config(config)), UNet(**diffusers.unet_config(twin))) == []
 
 
 def test_timestep_embedding_is_guided_diffusions():
