@@ -50,6 +50,7 @@ KNOWN: dict[str, Known] = {
     "diffusers_euler_ancestral": Known(None, None, f"EulerAncestralDiscrete({SD})"),
     "diffusers_heun": Known(None, None, f"HeunDiscrete({SD})"),
     "diffusers_dpm2": Known(None, None, f"KDPM2Discrete({SD})"),
+    "diffusers_dpm2_ancestral": Known(None, None, f"KDPM2AncestralDiscrete({SD})"),
     "diffusers_lms": Known(None, None, f"LMSDiscrete({SD})"),
     "diffusers_dpmpp_2m": Known(None, None, f"DPMSolverMultistep({SD})"),
     "diffusers_unipc": Known(None, None, f"UniPCMultistep({SD})"),

@@ -10,6 +10,7 @@ from test_configs import CONFIGS, composed, options
 from tiny import ROOT
 
 from diffusion.cli import list_of
+from diffusion.grids import SPACINGS as SPACINGS_OF_GRIDS
 from diffusion.sampler_list import INSTEAD, KNOWN, LABELS, SPACINGS, a1111_name, listing, translated
 from diffusion.solvers import SOLVERS
 
@@ -117,3 +118,15 @@ def test_the_command_prints_the_table_for_an_empty_choice_and_after_an_unknown_o
         assert status is None or stopped.value.code == status
         assert list_of("sampler") in (printed.err if status else printed.out)
         assert status is None or printed.err.startswith("error: sampler has no option 'eulr'; did you mean euler")
+
+
+def test_the_page_about_samplers_shows_this_table_and_every_spacing():
+    page = (CONFIGS / "sampler" / "README.md").read_text()
+    assert f"```text\n{list_of('sampler')}\n```" in page
+    told = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| ")
+        for name in line.split("|")[1].replace(",", " ").split()
+    }
+    assert set(SPACINGS_OF_GRIDS) <= told
