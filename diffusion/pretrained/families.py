@@ -340,3 +340,12 @@ def autoencoder_node(scale_factor: float) -> dict[str, Any]:
         "stages": [{"depth": 2, "channel_mult": mult} for mult in (1, 2, 4, 4)],
         "scale_factor": scale_factor,
     }
+
+
+def title_of(family: Family, settings: Mapping[str, Any]) -> str:
+    """The family's, with a word for sizes that were not published."""
+    published = {"ldm-class": 192, "ldm": 224, "sdxl-refiner": 384}.get(family.name, 320)
+    context = family.context_channels
+    if settings["channels"] == published and settings["context_channels"] == context:
+        return family.title
+    return f"{family.title} of other sizes ({settings['channels']} channels, context {settings['context_channels']})"

@@ -134,9 +134,10 @@ def _assembled(folders: Folders, file: WeightFile, arguments: Mapping[str, Any],
     size = _size(arguments, factor)
     facts = families.facts_of(family, image_size=size, told=told is not None)
     facts["sampler"] = SAMPLERS.get(scheduler.get("_class_name", ""), facts["sampler"])
-    facts |= {"scheduler": scheduler, **told_facts}
     if pixels:
         facts["shape"][0] = settings["in_channels"]
+        facts |= {"num_classes": settings["num_classes"], "condition_drop": 0.0}
+    facts |= {"scheduler": scheduler, **told_facts}
     if conditioner := config.get("conditioner"):
         if _alike(conditioner, own := told_config.get("conditioner") or {}):
             config["conditioner"] = own
@@ -147,7 +148,7 @@ def _assembled(folders: Folders, file: WeightFile, arguments: Mapping[str, Any],
         layout="diffusers",
         kind="denoiser",
         family="custom" if pixels else family.name,
-        title="a model of pixels in diffusers' layout" if pixels else family.title,
+        title="a model of pixels in diffusers' layout" if pixels else families.title_of(family, settings),
         config=config,
         facts=facts,
         places=tuple(places),

@@ -125,7 +125,7 @@ def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
         layout="compvis",
         kind="denoiser",
         family=family.name,
-        title=_title(family, settings),
+        title=families.title_of(family, settings),
         config={name: node for name, node in config.items() if node is not None},
         facts=facts,
         places=tuple(places),
@@ -180,7 +180,7 @@ def _told_family(parts: Parts, config: Mapping[str, Any], linear: bool) -> tuple
         towers = [tower.layout for tower in parts.towers]
         kind = families.structure({"context_channels": None, **net}, towers=towers, linear=linear)
         family = FAMILIES.get(BY_CHANNELS[kind].get(net["in_channels"] - net["out_channels"], ""))
-    title = _title(family, {"context_channels": None, **net}) if family else "a model of ours"
+    title = families.title_of(family, {"context_channels": None, **net}) if family else "a model of ours"
     return family, f"{title}, exported with its config"
 
 
@@ -222,15 +222,6 @@ def _family(file: WeightFile, kind: str, settings: Mapping[str, Any]) -> Family:
         f"the nearest is {FAMILIES[kind].title}, but it takes {settings['in_channels']} input channels and gives "
         f"{settings['out_channels']}: {beside} more, where {' or '.join(map(str, names))} are known"
     )
-
-
-def _title(family: Family, settings: Mapping[str, Any]) -> str:
-    """The family's, with a word for sizes that were not published."""
-    published = {"ldm-class": 192, "ldm": 224, "sdxl-refiner": 384}.get(family.name, 320)
-    context = family.context_channels
-    if settings["channels"] == published and settings["context_channels"] == context:
-        return family.title
-    return f"{family.title} of other sizes ({settings['channels']} channels, context {settings['context_channels']})"
 
 
 def _unet_place(
