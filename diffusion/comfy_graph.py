@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion.foreign_pictures import Found, read_prompts, unique
+from diffusion.foreign_pictures import Found, read_prompts, strength_of, unique
 
 KEY = "prompt"  # the PNG text entry that holds the graph; "workflow" beside it is its drawing
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
@@ -172,11 +172,11 @@ def _part_of_the_way(grid: Node, found: Found) -> None:
     steps, strength = grid.whole("steps"), grid.number("denoise")
     if strength is not None and not 0.001 <= strength <= 1:
         raise ValueError(f"its denoise is {strength}, which is no part of the way from 0 to 1")
-    if strength is not None and strength < 1:
-        found.settings["strength"] = float(strength)
-        steps = None if steps is None else int(steps / strength)
     if steps is not None:
-        found.settings["sampler.num_steps"] = steps
+        found.settings["sampler.num_steps"] = steps if strength is None else int(steps / strength)
+    if strength is not None and strength < 1:
+        total = found.settings.get("sampler.num_steps")
+        found.settings["strength"] = float(strength) if total is None else strength_of(steps, total, float(strength))
 
 
 def _early(sampler: Node) -> bool:

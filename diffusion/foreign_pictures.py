@@ -32,6 +32,7 @@ SETTINGS = {
 # Fields that are read elsewhere here, or that change no picture.
 READ = ("Sampler", "Schedule type", "Size", "Model", "Model hash", "VAE", "VAE hash", "RNG", "Emphasis")
 READ += ("Version", "User", "Pad conds", "Created Date")
+BY_TIMESTEP = ("DDIM", "DDIM CFG++", "PLMS", "UniPC")  # A1111's others take one move more of an image's grid
 SECOND_PASS = ("Hires upscaler", "Hires upscale", "Hires resize", "Hires steps")
 TAG = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>")
 WEIGHED = re.compile(r"(?<!\\)[(\[]")
@@ -76,6 +77,10 @@ def from_parameters(parameters: Parameters) -> Found:
         found.settings |= dict(zip(("height", "width"), parameters.size, strict=True))
     found.from_image = "strength" in found.settings or "image_guidance_scale" in found.settings
     found.masked = "Mask blur" in fields
+    if "strength" in found.settings and "sampler.num_steps" in found.settings:
+        steps, by_sigma = found.settings["sampler.num_steps"], fields.get("Sampler") not in BY_TIMESTEP
+        moves = int(min(found.settings["strength"], 0.999) * steps) + by_sigma  # as A1111 counts them
+        found.settings["strength"] = strength_of(moves, steps, found.settings["strength"])
     found.model, found.model_hash, found.vae = fields.get("Model"), fields.get("Model hash"), fields.get("VAE")
     if found.vae in ("None", "Automatic"):
         found.vae = None
@@ -93,6 +98,11 @@ def _sampler(fields: Mapping[str, str]) -> tuple[str, str | None]:
     name, schedule = fields["Sampler"], fields.get("Schedule type")
     labelled = name.endswith((" Karras", " Exponential", " Polyexponential"))
     return name, schedule if schedule or labelled or name in OWN_SCHEDULE else "Uniform"
+
+
+def strength_of(moves: int, steps: int, strength: float) -> float:
+    """Return a strength that walks the last `moves` moves of a grid of `steps`: the one given, where it does so."""
+    return strength if int(strength * steps) == moves else min(round((moves + 0.5) / max(steps, 1), 4), 1.0)
 
 
 def rng_of(name: str | None) -> str:

@@ -217,7 +217,7 @@ def _node_words(group: str, node: Mapping[str, Any]) -> list[str]:
     options = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (CONFIGS / group).glob("*.yaml")}
     alike = {name: len(node.keys() ^ base.keys()) for name, base in sorted(options.items())
              if base.get("_target_") == node.get("_target_")}  # fmt: skip
-    chosen = min(alike, key=alike.get)
+    chosen = min(alike, key=alike.get, default="none")
     words = [f"{group}={chosen}", *(f"++{word(f'{group}.{key}', value)}" for key, value in node.items())]
     # Hydra cannot take away what is null, which is as good as not there.
     return words + [

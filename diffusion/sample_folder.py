@@ -27,7 +27,7 @@ from diffusion.processes import Stopped, Team
 from diffusion.progress import WorkBar
 from diffusion.sample_parts import Parts
 from diffusion.sampling import Sampler
-from diffusion.verify import unlike
+from diffusion.verify import check_comparable, unlike
 
 GRID = 100  # pictures in grid.png, at most
 # What may differ between the batches of one run: the same command with another version of the code, or a moved file.
@@ -52,6 +52,7 @@ def sample_to_folder(
         model, settings = prepared(model, sampler, guidance, config, device=device, silent=not team.first)
         say_idle(config, team)
     channels, height, width = settings["shape"]
+    check_comparable(config, settings["shape"])
     parts = Parts(out_dir, num_samples, settings["batch_size"], (height, width, channels))
     made_by = team.share(lambda: made_of(model, config, settings))
     begun = team.share(lambda: _begin(parts, made_by, config))

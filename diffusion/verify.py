@@ -1,6 +1,6 @@
 """Is a picture that was made again the same, and if not, by how much and for what reasons?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,14 +40,25 @@ def verified(picture: str, folder: Path) -> int:
     return int(found.largest > 0)
 
 
+def check_comparable(config: Mapping[str, Any], shape: Sequence[int]) -> None:
+    """Raise ValueError, before anything is drawn, where images of `shape` (C, H, W) cannot be the picture again."""
+    if config.get("verify"):
+        with Image.open(Path(config["from"]).expanduser()) as opened:
+            _check_shape(config["from"], opened, (*shape[1:], shape[0]))
+
+
+def _check_shape(picture: str | Path, opened: Image.Image, shape: Sequence[int]) -> None:
+    found = (opened.height, opened.width, len(opened.getbands()))
+    if found != tuple(shape):
+        sizes = ["{1}x{0} with {2} channels".format(*size) for size in (found, shape)]
+        raise ValueError(f"{picture} is {sizes[0]}, but what is to be drawn is {sizes[1]}: they cannot be compared")
+
+
 def difference(picture: str | Path, image: np.ndarray) -> Difference:
     """Compare a picture file with uint8 (H, W, C). Raises ValueError for one of another size or number of channels."""
     with Image.open(picture) as opened:
-        before = np.asarray(opened)
-    before = before[..., None] if before.ndim == 2 else before
-    if before.shape != image.shape:
-        sizes = ["{1}x{0} with {2} channels".format(*shape) for shape in (before.shape, image.shape)]
-        raise ValueError(f"{picture} is {sizes[0]}, but what was made now is {sizes[1]}")
+        _check_shape(picture, opened, image.shape)
+        before = np.asarray(opened).reshape(image.shape)
     apart = np.abs(before.astype(int) - image)
     return Difference(int(apart.max()), int((apart > 0).sum()), apart.size)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from picture_cases import custom_graph, default_graph, node
 
 from diffusion.comfy_graph import from_graph
+from diffusion.image_tasks import tail
 
 
 def read(graph):
@@ -46,6 +47,14 @@ def test_a_part_of_the_way_from_an_image_keeps_all_its_steps():
     found = read(graph)
     assert found.from_image and not found.masked
     assert found.settings["strength"] == 0.5 and found.settings["sampler.num_steps"] == 40
+
+
+@pytest.mark.parametrize("steps", [4, 7, 20, 33])
+@pytest.mark.parametrize("strength", [0.1, 0.3, 0.75, 0.99])
+def test_all_steps_are_walked_at_any_strength(steps, strength):
+    found = read(default_graph(steps=steps, denoise=strength)).settings
+    assert found["sampler.num_steps"] == int(steps / strength)
+    assert len(tail(range(found["sampler.num_steps"], -1, -1), found["strength"])) == steps + 1
 
 
 def test_a_mask_is_noticed():

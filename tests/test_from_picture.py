@@ -25,7 +25,7 @@ from diffusion.images import read_text, save_png
 from diffusion.parameters import parse
 from diffusion.picture_text import picture_texts
 from diffusion.sample_settings import read_prompts, with_counts, with_prompts
-from diffusion.verify import difference
+from diffusion.verify import check_comparable, difference
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def test_another_checkpoint_of_the_same_path_is_noticed(drawn, checkpoint, tmp_p
 
 def test_a_file_that_moved_is_found_by_its_hash(drawn, checkpoint, tmp_path, monkeypatch, capsys):
     away = tmp_path / "away"
-    (away / "checkpoints" / "deep").mkdir(parents=True)
+    (away / "checkpoints" / "zoo").mkdir(parents=True)
     save_tiny(away / "checkpoints" / "model.safetensors", channels=8)  # the same name, other weights
-    moved = checkpoint.rename(away / "checkpoints" / "deep" / "model.safetensors")
+    moved = checkpoint.rename(away / "checkpoints" / "zoo" / "model.safetensors")
     monkeypatch.chdir(away)
     try:
         again(drawn / "000000.png", tmp_path, monkeypatch, capsys)
@@ -131,6 +131,7 @@ def test_a_picture_builds_nothing_of_its_own(drawn, tmp_path, monkeypatch, capsy
         {"sampler": {**text["sampler"], "solver": {"_target_": "builtins.eval", "_args_": ["1"]}}},
         {"guidance": {**text["guidance"], "interval": [{"_target_": "subprocess.run"}]}},
         {"sampler": {**text["sampler"], "_target_": "diffusion.sampling.torch.load"}},
+        {"sampler": {**text["sampler"], "solver": {"_target_": "diffusion.solvers.torch.load"}}},
     ):
         save_png(np.zeros((8, 8, 1), dtype=np.uint8), tmp_path / "x.png", {**text, **change})
         _, err = again(tmp_path / "x.png", tmp_path, monkeypatch, capsys, status=2)
@@ -216,8 +217,12 @@ def test_a_grid_and_verify_alone_are_refused(drawn, checkpoint, tmp_path, monkey
 
 def test_pictures_of_other_sizes_are_not_compared(tmp_path):
     save_png(np.zeros((4, 8, 1), dtype=np.uint8), tmp_path / "x.png")
-    with pytest.raises(ValueError, match="is 8x4 with 1 channels, but what was made now is 8x8 with 3 channels"):
+    with pytest.raises(ValueError, match="is 8x4 with 1 channels, but what is to be drawn is 8x8 with 3 channels"):
         difference(tmp_path / "x.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="is 8x4 with 1 channels, but what is to be drawn is 8x8 with 1 channels"):
+        check_comparable({"verify": True, "from": str(tmp_path / "x.png")}, (1, 8, 8))
+    check_comparable({"verify": True, "from": str(tmp_path / "x.png")}, (1, 4, 8))
+    check_comparable({"verify": False, "from": None}, (1, 8, 8))
     image = np.zeros((4, 8, 1), dtype=np.uint8)
     image[0, 0], image[1, 1] = 255, 1
     assert difference(tmp_path / "x.png", image) == (255, 2, 32)
@@ -341,7 +346,7 @@ def test_a_picture_made_from_another_image_needs_that_image(home):
     with pytest.raises(ValueError, match="add mask=FILE"):
         composed("from=x.png", "image=a.png")
     found = composed("from=x.png", "image=a.png", "mask=b.png")
-    assert (found["strength"], found["image"]) == (0.6, "a.png")
+    assert (found["strength"], found["image"]) == (0.7857, "a.png")  # five of seven moves, as A1111 makes
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.foreign_pictures import from_parameters
+from diffusion.image_tasks import tail
 from diffusion.parameters import Parameters, number_text, parse, quoted, unquoted, written
 
 TYPICAL = """a (red:1.2) star, <lora:add_detail:0.8> [blue] sky,
@@ -101,8 +102,8 @@ def test_a_typical_text_becomes_settings_and_says_what_is_lost():
 @pytest.mark.parametrize(
     ("more", "settings", "from_image", "masked", "note"),
     [
-        ("Denoising strength: 0.6", {"strength": 0.6}, True, False, None),
-        ("Denoising strength: 0.6, Mask blur: 4", {"strength": 0.6}, True, True, "Mask blur: 4"),
+        ("Denoising strength: 0.6", {"strength": 0.9}, True, False, None),
+        ("Denoising strength: 0.6, Mask blur: 4", {"strength": 0.9}, True, True, "Mask blur: 4"),
         ("Denoising strength: 0.6, Hires upscale: 2", {}, False, False, "Hires upscale: 2"),
         ("Image CFG scale: 1.5", {"image_guidance_scale": 1.5}, True, False, None),
         ("Eta: 0.5, Sigma noise: 1.01", {"sampler.eta": 0.5, "sampler.s_noise": 1.01}, False, False, None),
@@ -140,6 +141,16 @@ def test_a_plain_prompt_needs_no_emphasis():
     found = from_parameters(parse("a cat, \\(not weighed\\)\nSteps: 5, CFG scale: 7, Seed: 1"))
     assert found.settings["emphasis"] is True  # the backslashes are grammar, too
     assert "emphasis" not in from_parameters(parse("a cat\nSteps: 5, CFG scale: 7, Seed: 1")).settings
+
+
+@pytest.mark.parametrize("steps", [4, 7, 20, 33])
+@pytest.mark.parametrize("strength", ["0.1", "0.3", "0.75", "1"])
+@pytest.mark.parametrize(("sampler", "more"), [("Euler a", 1), ("DPM++ 2M", 1), ("DDIM", 0)])
+def test_a_strength_walks_as_many_steps_as_it_did_there(steps, strength, sampler, more):
+    text = f"x\nSteps: {steps}, Sampler: {sampler}, Seed: 1, Denoising strength: {strength}"
+    found = from_parameters(parse(text)).settings["strength"]
+    moves = int(min(float(strength), 0.999) * steps) + more
+    assert len(tail(range(steps, -1, -1), found)) == (moves + 1 if moves else 0)
 
 
 @given(st.text(max_size=60), st.lists(st.sampled_from(TYPICAL.split(", ")) | st.text(max_size=9), max_size=12))
