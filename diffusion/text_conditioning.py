@@ -225,7 +225,8 @@ def emphasised(context: Tensor, weights: Tensor) -> Tensor:
     AUTOMATIC1111's "Original" emphasis; it encodes one text at a time.
     """
     weighted = context * weights[..., None].to(context.dtype)
-    before, after = (states.float().mean(dim=(1, 2), keepdim=True) for states in (context, weighted))
+    dtype = torch.promote_types(context.dtype, torch.float32)
+    before, after = (states.mean(dim=(1, 2), keepdim=True, dtype=dtype) for states in (context, weighted))
     changed = (weights != 1).any(dim=1)[:, None, None]
     return torch.where(changed, weighted * (before / after).to(context.dtype), context)
 

@@ -11,9 +11,15 @@ from torch import Tensor
 from diffusion.checkpoint import build
 from diffusion.conditioner import JointInput
 from diffusion.conditioning import ClassConditioner, JointConditioner
+from diffusion.generate import generate
+from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.models.attention import Attention
 from diffusion.models.text import TextTransformer
+from diffusion.models.unet import UNet
 from diffusion.pretrained import open_clip, transformers
+from diffusion.process import GaussianDiffusion
+from diffusion.sampling import Sampler
+from diffusion.schedule import linear
 from diffusion.text_conditioning import TextConditioner, XLConditioner, emphasised, text_parts
 from diffusion.tokenizer import _encoded
 
@@ -397,3 +403,27 @@ def test_xl_reads_both_texts_from_one_file(tmp_path):
     for conditioner, encoder in zip(texts, (source.texts[0].encoder, wide), strict=True):
         wanted, found = encoder.state_dict(), conditioner.encoder.state_dict()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("make", [text, xl])
+@pytest.mark.parametrize("negative", [None, "ugly", LONG])
+def test_a_sample_does_not_depend_on_how_long_other_prompts_of_its_batch_are(make, negative):
+    conditioner = make().double()
+    conditioner.long_prompt, conditioner.emphasis = "chunk", True
+    widths = {f"{name}_channels": width for name, width in conditioner.provides.items()}
+    stages = [{"depth": 1, "channel_mult": 1, "attention": "cross"}]
+    net = randomised(UNet(3, 3, channels=8, stages=stages, num_heads=2, norm_groups=4, **widths)).double()
+    diffusion = GaussianDiffusion(linear(1000), "eps")
+
+    def images(captions: list[str], seeds: list[int]) -> Tensor:
+        sizes = {"sizes": [[8, 8, 0, 0, 8, 8]] * len(seeds)} if make is xl else {}
+        away = None if negative is None else {"caption": [negative] * len(seeds), **sizes}
+        given = {"inputs": {"caption": captions, **sizes}, "negative": away, "conditioner": conditioner}
+        sampler, guidance = Sampler(num_steps=2), ClassifierFreeGuidance(3.0)
+        exact = {"dtype": torch.float64}  # guidance at a high noise level enlarges what is rounded
+        return generate(net, diffusion, sampler, guidance, shape=(3, 8, 8), seeds=seeds, **given, **exact)
+
+    both = images(["a (red:1.3) circle", LONG], [0, 1])
+    assert_close(images(["a (red:1.3) circle"], [0]), both[:1], 1e-5)
+    assert_close(images([LONG], [1]), both[1:], 1e-5)
+    assert not torch.allclose(images([LONG[:-20]], [1]), both[1:], atol=1e-4)
