@@ -164,6 +164,73 @@ def a1111_name(sampler: Mapping[str, Any]) -> tuple[str, str | None]:
     return name, LABELS.get(spacing) if name not in OWN_SCHEDULE else None
 
 
+SCHEDULERS = {  # diffusers' classes, less "Scheduler" and "Discrete", and the configs that begin as they do
+    "DDIM": "diffusers_ddim",
+    "DDPM": "ddpm",
+    "DEISMultistep": "diffusers_deis",
+    "DPMSolverMultistep": "diffusers_dpmpp_2m",
+    "Euler": "diffusers_euler",
+    "EulerAncestral": "diffusers_euler_ancestral",
+    "Heun": "diffusers_heun",
+    "KDPM2": "diffusers_dpm2",
+    "KDPM2Ancestral": "diffusers_dpm2_ancestral",
+    "LCM": "lcm",
+    "LMS": "diffusers_lms",
+    "PNDM": "diffusers_pndm",
+    "UniPCMultistep": "diffusers_unipc",
+}
+MULTISTEP = ("DEISMultistep", "DPMSolverMultistep", "UniPCMultistep")
+
+
+def of_scheduler(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Return our config for a scheduler_config.json and the values to change in it; None for an unknown class.
+
+    What the file leaves out is as in diffusers: linspace, or leading for DDIM, DDPM and PNDM.
+    """
+    kind = str(config.get("_class_name", "")).removesuffix("Scheduler").removesuffix("Discrete")
+    if kind not in SCHEDULERS:
+        return None
+    if kind == "LCM":
+        return "lcm", {}
+    clip = "dynamic" if config.get("thresholding") else "clip"
+    whole = kind in ("DDIM", "DDPM")
+    clips = config.get("thresholding") or config.get("clip_sample", whole)
+    changes = {**_scheduler_grid(kind, config), "clip": clip if clips else None, **_scheduler_solver(kind, config)}
+    if clip == "dynamic":
+        changes["dynamic_quantile"] = config.get("dynamic_thresholding_ratio", 0.995)
+    if kind == "DDPM" or config.get("skip_prk_steps", False) or kind != "PNDM":
+        return SCHEDULERS[kind], changes
+    return SCHEDULERS[kind], {**changes, "solver": "pndm", "kind": None}  # with the Runge-Kutta steps first
+
+
+def _scheduler_grid(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    spacing = config.get("timestep_spacing", "leading" if kind in ("DDIM", "DDPM", "PNDM") else "linspace")
+    bent = [name for name in ("karras", "exponential", "beta") if config.get(f"use_{name}_sigmas")]
+    one = config.get("set_alpha_to_one", kind == "DDIM") if kind in ("DDIM", "PNDM") else kind != "DEISMultistep"
+    grid = {
+        "spacing": spacing,
+        "offset": config.get("steps_offset", 0) if spacing == "leading" else 0,
+        "final": -1 if one and config.get("final_sigmas_type") != "sigma_min" else 0,
+        "discard_penultimate": kind in MULTISTEP and spacing != "trailing" and not bent,
+    }
+    if bent:
+        return {**grid, "spacing": bent[0], "offset": 0}
+    if spacing == "linspace" and kind not in ("DDIM", "DDPM", "PNDM", *MULTISTEP):
+        grid["spacing"] = "normal"
+    return grid
+
+
+def _scheduler_solver(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    order = config.get("solver_order", 2)
+    if kind in ("UniPCMultistep", "DEISMultistep"):
+        return {"order": order, **({"kind": config.get("solver_type", "bh2")} if kind.startswith("UniPC") else {})}
+    if kind != "DPMSolverMultistep" or order == 1:
+        return {"solver": "euler"} if kind == "DPMSolverMultistep" else {}
+    stochastic = str(config.get("algorithm_type", "dpmsolver++")).startswith("sde")
+    solver = {"solver": f"dpmpp_{order}m{'_sde' if stochastic else ''}", "eta": float(stochastic)}
+    return {**solver, "kind": config.get("solver_type", "midpoint")} if order == 2 else solver
+
+
 def listing(options: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of all samplers, from the values of each config by name."""
     from .solvers import SOLVERS
