@@ -248,6 +248,8 @@ def fill(
                 state[rule.ours] = ordered(tensor.to(device, _type(tensor.dtype, dtype)), like)
             assign_weights(module, state)
     for name, module in modules.items():
+        if not module.state_dict():
+            assign_weights(module, {})  # a conditioner without weights has a place all the same
         empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         assert not empty, f"no place in the file for {name}.{empty[0]} and {len(empty) - 1} more"
         module.to(device).eval()

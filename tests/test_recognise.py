@@ -228,6 +228,7 @@ def test_families_are_known_by_their_published_settings(name):
     for node in ("net", "autoencoder", "conditioner"):
         build_empty(found.config[node])
     if found.family == "ldm-class":
+        assert (found.facts["guidance_scale"] == 1.0) == (others()["cond_stage_model.embedding.weight"][0] == 1000)
         assert found.facts["num_classes"] == 1000 and found.config["diffusion"]["schedule"]["beta_end"] == 0.0195
 
 

@@ -126,6 +126,8 @@ def millions(count: int) -> str:
 
 def _named(place: Place) -> str:
     head = place.part.split(".")[0]
+    if place.part.endswith(".embedding"):
+        return "classes"
     number = [word for word in place.part.split(".") if word.isdigit()]
     return f"{PARTS.get(head, head)}{f' {int(number[0]) + 1}' if number else ''}"
 

@@ -120,6 +120,9 @@ def _denoiser(file: WeightFile, parts: Parts, weights: str) -> Recognised:
     classes = config["conditioner"]["num_classes"] if kind == "ldm-class" else None
     size = families.SIZES_BY_PARAMETERIZATION.get(parameterization or "") if family.name == "sd2" else None
     facts = families.facts_of(family, image_size=size, num_classes=classes, told=parameterization is not None)
+    if kind == "ldm-class" and any(rule.transform is ADDED_ROW for place in places for rule in place.table.rules):
+        notes.append("it was trained without a null class, so there is no guidance without a classifier")
+        facts |= {"condition_drop": 0.0, "guidance_scale": 1.0}
     found = Recognised(
         path=file.path,
         layout="compvis",
