@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusion.checkpoint import LoadedModel
 from diffusion.cli import composed
+from diffusion.sampler_list import of_scheduler
 
 
 def with_own_settings(
@@ -18,9 +19,10 @@ def with_own_settings(
     """
     said = {word.partition("=")[0].lstrip("+~") for word in typed}
     found, told = {}, []
-    if "sampler" not in said and (name := model.facts.get("sampler")):
-        found["sampler"] = sampler_node(name, [word for word in typed if word.startswith("sampler.")])
-        told.append(f"sampler={name}")
+    if "sampler" not in said and model.facts.get("sampler"):
+        own = own_sampler(model.facts)
+        found["sampler"] = sampler_node(*own, *(word for word in typed if word.startswith("sampler.")))
+        told += [f"sampler={own[0]}", *own[1:]]
     scale = model.facts.get("guidance_scale")
     if scale is not None and not {"guidance", "guidance.guidance_scale"} & said:
         found["guidance"] = {**config["guidance"], "guidance_scale": float(scale)}
@@ -30,6 +32,20 @@ def with_own_settings(
     return {**config, **found}
 
 
-def sampler_node(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+def own_sampler(facts: Mapping[str, Any]) -> list[str]:
+    """Return the name of a model's own sampler in configs/sampler, and `sampler.NAME=VALUE` words for what it changes.
+
+    Those are what diffusers' scheduler_config.json says otherwise, where the model came with one.
+    """
+    name = facts.get("sampler") or "ddim"
+    found = of_scheduler(facts.get("scheduler") or {})
+    if found is None or found[0] != name:
+        return [name]
+    usual = sampler_node(name)
+    changes = {key: value for key, value in found[1].items() if usual[key] != value}
+    return [name, *(f"sampler.{key}={'null' if value is None else value}" for key, value in changes.items())]
+
+
+def sampler_node(name: str, *changes: str) -> dict[str, Any]:
     """Return the config of a sampler of configs/sampler by its name, with `sampler.NAME=VALUE` words applied."""
     return composed("sample", [f"sampler={name}", *changes])["sampler"]

@@ -26,7 +26,7 @@ from diffusion.devices import choose_device, choose_dtype
 from diffusion.generate import batches, conditions, decoded, sampler_for
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.image_tasks import encoded
-from diffusion.own_settings import sampler_node
+from diffusion.own_settings import own_sampler, sampler_node
 from diffusion.prepare import is_published, place, prepared, text_options_kept, with_parameterization
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
@@ -79,7 +79,7 @@ class LatentDiffusion:
         place(model, place_, precision)
         given = files.get("parameterization")
         model = with_parameterization(model, place_, precision, given=given, silent=silent)
-        node = sampler_node(model.facts.get("sampler") or "ddim")
+        node = sampler_node(*own_sampler(model.facts))
         return cls(
             net=model.net,
             diffusion=model.diffusion,
