@@ -172,9 +172,8 @@ def with_picture(
     if begin.concat is None:
         return condition, null
 
-    def joined(told: dict[str, Tensor], picture: Tensor | None) -> dict[str, Tensor]:
-        channels = [picture, told.get("concat", condition.get("concat"))]
-        return told | {"concat": torch.cat([part for part in channels if part is not None], dim=1)}
+    def joined(told: dict[str, Tensor], picture: Tensor) -> dict[str, Tensor]:
+        return told | {"concat": torch.cat([picture, told["concat"]], dim=1) if "concat" in told else picture}
 
     away = begin.null_concat
     if away is None and "concat" not in null:  # inpainting: both halves of guidance see the picture

@@ -10,13 +10,14 @@ from torch import nn
 
 from diffusion.asked import choose_asked, choose_shape
 from diffusion.condition_images import choose_pictures, picture_size
-from diffusion.generate import batches, generate
+from diffusion.generate import batches, generate, with_picture
 from diffusion.guidance import ClassifierFreeGuidance, NoGuidance, TwoScaleGuidance
 from diffusion.guiding import with_two_scales
 from diffusion.image_tasks import (
     EDITING,
     INPAINTING,
     STRENGTH,
+    Begin,
     Source,
     choose_strength,
     count_moves,
@@ -263,6 +264,17 @@ def test_an_editing_network_reads_unscaled_latents_and_answers_three_questions(n
     assert len(net.seen) == 10 and torch.equal(
         net.seen[0]["x"][:1], SampleNoise([0]).initial(coder.latent_shape(SHAPE))
     )
+
+
+def test_channels_of_a_picture_come_before_those_of_a_conditioner():
+    picture, own, nothing = torch.ones(1, 2, 4, 4), torch.full((1, 3, 4, 4), 2.0), torch.zeros(1, 2, 4, 4)
+    begin = Begin(picture, (), concat=picture, null_concat=nothing)
+    condition, null = with_picture({"concat": own}, {"concat": -own}, begin)
+    assert condition["concat"][0, :, 0, 0].tolist() == [1, 1, 2, 2, 2]
+    assert null["concat"][0, :, 0, 0].tolist() == [0, 0, -2, -2, -2]
+    condition, null = with_picture({"concat": own}, {"concat": -own}, begin._replace(null_concat=None))
+    assert null["concat"][0, :, 0, 0].tolist() == [1, 1, -2, -2, -2]
+    assert with_picture({}, {}, Begin(picture, ())) == ({}, {})
 
 
 def test_guidance_of_an_editing_network_gets_its_second_scale():

@@ -272,6 +272,17 @@ def test_a_half_precision_autoencoder_that_overflows_is_asked_again_in_float32()
     assert images.isfinite().all() and next(pipe.autoencoder.parameters()).dtype == torch.float16
 
 
+def test_an_autoencoder_with_half_weights_codes_what_it_is_given():
+    pipe = pipeline()
+    latents, images = torch.ones(1, 2, 8, 8), torch.zeros(1, 3, SIZE, SIZE)
+    expected = pipe.decode(latents), pipe.encode(images)
+    pipe.autoencoder.to(torch.bfloat16)
+    got = pipe.decode(latents), pipe.encode(images)
+    for ours, reference in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, reference, atol=0.1, rtol=0)
+
+
 def test_a_network_with_half_weights_takes_what_it_is_given():
     net = unet().to(torch.bfloat16)
     x, context = torch.zeros(1, 2, 8, 8), torch.zeros(1, 3, 16)
