@@ -172,7 +172,7 @@ def plan_diffusers(content: Content) -> Plan:
     modules, what = content.modules, export_diffusers.WHAT
     if content.kind == "autoencoder":
         net = modules["autoencoder"]
-        config = export_diffusers.autoencoder_json(net, sample_size=content.facts["shape"][-1])
+        config = export_diffusers.autoencoder_json(net, sample_size=content.facts.get("shape", [256])[-1])
         table = export_diffusers.autoencoder_table(net, config)
         return Plan([Target("autoencoder", WEIGHTS, "", table)], {"config.json": config})
     net, autoencoder, conditioner = (modules.get(name) for name in ("net", "autoencoder", "conditioner"))

@@ -12,7 +12,16 @@ from torch import nn
 from diffusion.pretrained.keymap import without_memory
 
 PLAIN = (int, float, str, bool, tuple, type(None))
-IRRELEVANT = ("training", "checkpointing", "scale_factor", "shift", "split", "max_length", "projection_channels")
+IRRELEVANT = (
+    "training",
+    "size_factor",
+    "checkpointing",
+    "scale_factor",
+    "shift",
+    "split",
+    "max_length",
+    "projection_channels",
+)
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
