@@ -25,7 +25,7 @@ from diffusion.images import read_text, save_png
 from diffusion.parameters import parse
 from diffusion.picture_text import picture_texts
 from diffusion.sample_settings import read_prompts, with_counts, with_prompts
-from diffusion.verify import check_comparable, difference
+from diffusion.verify import check_comparable, difference, verified
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,16 @@ def test_pictures_of_other_sizes_are_not_compared(tmp_path):
     image = np.zeros((4, 8, 1), dtype=np.uint8)
     image[0, 0], image[1, 1] = 255, 1
     assert difference(tmp_path / "x.png", image) == (255, 2, 32)
+
+
+@pytest.mark.parametrize(("value", "status"), [(7, 0), (8, 1), (255, 1)])
+def test_the_exit_status_says_whether_anything_differs(value, status, tmp_path, capsys):
+    save_png(np.full((4, 4, 1), 7, dtype=np.uint8), tmp_path / "x.png")
+    image = np.full((1, 4, 4, 1), 7, dtype=np.uint8)
+    image[0, 1, 2] = value
+    np.savez(tmp_path / "samples.npz", image)
+    assert verified(str(tmp_path / "x.png"), tmp_path) == status
+    assert f"largest pixel difference {value - 7}" in capsys.readouterr().out
 
 
 @settings(max_examples=15, deadline=None)
