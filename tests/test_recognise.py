@@ -85,6 +85,25 @@ def test_every_full_size_list_of_guided_diffusion_fits_and_is_its_recipe(name):
     same_network(found, guided_diffusion.unet_config(kwargs))
 
 
+UPSAMPLERS = {
+    "adm_upsample_64_256": {"image_size": 256, "num_heads": 4, "attention_resolutions": "32,16,8"},
+    "adm_upsample_128_512": {"image_size": 512, "num_head_channels": 64, "attention_resolutions": "32,16"},
+}
+
+
+@pytest.mark.parametrize("name", UPSAMPLERS)
+def test_upsamplers_of_guided_diffusion_are_known_and_get_their_condition(name):
+    flags = {"num_channels": 192, "learn_sigma": True, "class_cond": True, "resblock_updown": True, **UPSAMPLERS[name]}
+    kwargs = guided_diffusion.kwargs_from_flags({**flags, "channel_mult": "1,1,2,2,4,4"})
+    shapes = guided_diffusion.unet_table(kwargs, super_resolution=True).foreign_shapes
+    found = recognise_file(header_only(of_shapes(shapes), "upsampler.pt"))
+    assert found.family == name and found.fits and found.facts["shape"] == [3, *[flags["image_size"]] * 2]
+    theirs = guided_diffusion.unet_config(kwargs, super_resolution=True)
+    assert found.config["net"]["_target_"].endswith("SuperResolutionUNet")
+    assert differences(template(found.config["net"]), build_empty({**found.config["net"], **theirs})) == []
+    assert build_empty(found.config["conditioner"]).low_size == (flags["image_size"] // 4,) * 2
+
+
 def save_folder(path, name, delta=None, *, variant="", without=(), scheduler=SCHEDULER):
     """A folder in diffusers' layout of one of the full-size lists, its data holes in the disk."""
     entries, config = full_size(name, delta), key_configs()[name]

@@ -5,6 +5,7 @@ import struct
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -213,7 +214,11 @@ def test_classes_of_training_frameworks_become_inert(tmp_path, monkeypatch):
     before = set(sys.modules)
     callback = fake("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
     settings = fake("pytorch_lightning.utilities.parsing", "AttributeDict")
-    content = {"state_dict": WEIGHTS, "callbacks": {callback: {"best": 1.0}}, "hyper_parameters": settings(lr=1e-4)}
+    content = {
+        "state_dict": WEIGHTS,
+        "callbacks": {callback: {"best": np.float64(1.0)}},
+        "hyper_parameters": settings(lr=1e-4),
+    }
     torch.save(content | {"made": callback()}, tmp_path / "x.ckpt")
     for name in set(sys.modules) - before:
         del sys.modules[name]
