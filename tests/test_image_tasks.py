@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from latent_cases import autoencoder
 from PIL import Image
+from tiny import run, save_tiny
 from torch import nn
 
 from diffusion.asked import choose_asked, choose_shape
@@ -405,3 +406,20 @@ def test_what_a_picture_task_lacks_is_said(extra, settings, message, tmp_path, m
     saved(tmp_path / "a.png")
     with pytest.raises((ValueError, OSError), match=message):
         asked(Model(Watched(extra=extra)), **settings)
+
+
+def test_the_command_repaints_what_is_white_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
+    checkpoint, image = save_tiny(tmp_path / "model.safetensors"), np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(image).save(tmp_path / "a.png")
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:, 5:] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    line = [f"checkpoint={checkpoint}", f"out_dir={tmp_path / 'out'}", "sampler.num_steps=4", "num_samples=3"]
+    line += [f"image={tmp_path / 'a.png'}", f"mask={tmp_path / 'm.png'}"]
+    status, _, err = run("sample", line, monkeypatch, capsys)
+    assert status == 0, err
+    drawn = np.load(tmp_path / "out" / "samples.npz")["arr_0"][..., 0]
+    assert (drawn[:, :, :5] == image[:, :5]).all()
+    assert not (drawn[:, :, 5:] == image[:, 5:]).all() and not (drawn[0] == drawn[1]).all()
+    status, _, err = run("sample", [*line, "overwrite=true", "strength=2"], monkeypatch, capsys)
+    assert status == 2 and "strength must be in [0, 1]" in err
