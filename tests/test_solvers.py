@@ -353,12 +353,13 @@ def test_lcm_takes_the_consistency_models_x0_and_new_noise():
     assert_same(ours("lcm", eta=math.inf, noise=lambda x: next(source)), formulas)
 
 
+@pytest.mark.parametrize("s_churn", [2.0, 50.0])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm2", "dpm3", "dpmpp_2s"])
-def test_churn_goes_back_up_before_each_step(name):
+def test_churn_goes_back_up_before_each_step(name, s_churn):
     """EDM's algorithm 2 in its own words; the noisiest level that the model knows is as far as it goes."""
     draws = [normal(X.shape, 110 + k) for k in range(len(GRID))]
-    settings = {"s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 8.0, "s_noise": 1.01}
-    gamma = min(2.0 / (len(GRID) - 1), math.sqrt(2) - 1)
+    settings = {"s_churn": s_churn, "s_tmin": 0.1, "s_tmax": 8.0, "s_noise": 1.01}
+    gamma = min(s_churn / (len(GRID) - 1), math.sqrt(2) - 1)
 
     def move(x, t, s):
         if 0.1 <= rho(t) <= 8.0:
@@ -375,10 +376,16 @@ def test_churn_goes_back_up_before_each_step(name):
     assert_same([state.x for state in states], formulas)
 
 
-def test_churn_stops_at_the_last_timestep():
-    kwargs = {"solver": "euler", "time_of": TIME_OF, "noise": lambda x: normal(x.shape, 3)}
-    plain, churned = (list(sample(DENOISE, X, (999, 500), LEVEL, s_churn=c, **kwargs))[-1].x for c in (0, 1))
+@pytest.mark.parametrize("schedule", [SCHEDULE, zero_terminal_snr(SCHEDULE)], ids=["some signal", "none"])
+def test_churn_stops_at_the_last_timestep(schedule):
+    data, grid, drawn = Mixture(), (999, 500), []
+    kwargs = {"solver": "euler", "time_of": schedule.time_of, "noise": drawn.append}
+    plain, churned = (
+        list(sample(data.denoiser(schedule.level), X, grid, schedule.level, s_churn=churn, **kwargs))[-1].x
+        for churn in (0, 1)
+    )
     assert torch.equal(plain, churned)
+    assert not drawn
 
 
 # -- the edges -------------------------------------------------------------------------------------------------------
