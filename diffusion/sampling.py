@@ -121,10 +121,7 @@ def step(
     if s < t:
         p = denoise(x, t)
     else:
-        if eta != 0:
-            raise ValueError(f"inversion (from timestep {t} up to {s}) is deterministic; use eta=0, not {eta}")
-        if solver.name in SOLVERS and solver.belief is not euler:
-            raise ValueError(f"inversion (from timestep {t} up to {s}) takes solver euler, not {solver.name}")
+        _check_inversion(t, s, solver, eta)
         variance = "posterior"
         p = denoise(x, ask(t, s))
         p = Prediction.from_eps(x, p.eps, here, p.var_frac)
@@ -143,6 +140,13 @@ def step(
     if isinstance(var, Tensor):
         return torch.addcmul(mean, var.sqrt(), fresh), history
     return torch.add(mean, fresh, alpha=var**0.5), history
+
+
+def _check_inversion(t: float, s: float, solver: Solver, eta: float) -> None:
+    if eta != 0:
+        raise ValueError(f"inversion (from timestep {t} up to {s}) is deterministic; use eta=0, not {eta}")
+    if solver.name in SOLVERS and solver.belief is not euler:
+        raise ValueError(f"inversion (from timestep {t} up to {s}) takes solver euler, not {solver.name}")
 
 
 def _along_a_path(noise: Noise) -> BrownianNoise:
