@@ -174,13 +174,19 @@ def with_text_encoders(found: Recognised, given: str | Path | Sequence[str | Pat
         )
     places = [place for place in found.places if not place.part.startswith("conditioner.")]
     for (part, text), (theirs, encoder) in zip(wanted.items(), sources, strict=True):
-        if (have := encoder["channels"]) != (need := text["encoder"]["channels"]):
-            raise ValueError(
-                f"text_encoder={theirs.file.path} has {have} channels, but {found.path} ({found.title}) was trained "
-                f"with one of {need}"
-            )
         text["encoder"] = encoder
         places.append(replace(theirs, part=part))
+    have, need = [text["encoder"]["channels"] for text in wanted.values()], config["net"]["context_channels"]
+    if sum(have) != need:
+        raise ValueError(
+            f"text_encoder={given} gives contexts of {' + '.join(map(str, have))} channels, but {found.path} "
+            f"({found.title}) was trained on {need}"
+        )
+    if any(text.get("pooled") and not text["encoder"]["projection_channels"] for text in wanted.values()):
+        raise ValueError(
+            f"text_encoder={given}: {found.title} reads the projected text of its last encoder, and this one has no "
+            "projection; give them in the model's order, the one with text_projection last"
+        )
     return replace(found, config=config, places=tuple(places))
 
 
