@@ -11,7 +11,17 @@ from tiny import ROOT
 
 from diffusion.cli import list_of
 from diffusion.grids import SPACINGS as SPACINGS_OF_GRIDS
-from diffusion.sampler_list import INSTEAD, KNOWN, LABELS, SPACINGS, a1111_name, listing, translated
+from diffusion.sampler_list import (
+    INSTEAD,
+    KNOWN,
+    LABELS,
+    SCHEDULERS,
+    SPACINGS,
+    a1111_name,
+    listing,
+    of_scheduler,
+    translated,
+)
 from diffusion.solvers import SOLVERS
 
 
@@ -130,3 +140,14 @@ def test_the_page_about_samplers_shows_this_table_and_every_spacing():
         for name in line.split("|")[1].replace(",", " ").split()
     }
     assert set(SPACINGS_OF_GRIDS) <= told
+
+
+def test_published_families_and_schedulers_name_samplers_that_are_there():
+    from diffusion.pretrained import families, scheduler_config
+
+    named = {family.sampler for family in families.FAMILIES.values()}
+    assert len(named) > 1 and named <= set(KNOWN)
+    assert {cls.removesuffix("Scheduler").removesuffix("Discrete") for cls in scheduler_config.SAMPLERS} == set(
+        SCHEDULERS
+    )
+    assert all(of_scheduler({"_class_name": cls})[0] == name for cls, name in scheduler_config.SAMPLERS.items())

@@ -37,7 +37,7 @@ class Family:
     size_factor: int = 8
 
 
-XL = {"scale_factor": 0.13025, "guidance_scale": 5.0, "sampler": "euler", "image_size": 1024}
+XL = {"scale_factor": 0.13025, "guidance_scale": 5.0, "sampler": "sgm_euler", "image_size": 1024}
 LDM = {"image_size": 256, "averaged": True}
 FAMILIES: Mapping[str, Family] = {
     family.name: family

@@ -21,7 +21,7 @@ SAMPLERS = {  # scheduler class -> our sampler's config
     "EulerAncestralDiscreteScheduler": "diffusers_euler_ancestral",
     "EulerDiscreteScheduler": "diffusers_euler",
     "HeunDiscreteScheduler": "diffusers_heun",
-    "KDPM2AncestralDiscreteScheduler": "dpm2_ancestral",
+    "KDPM2AncestralDiscreteScheduler": "diffusers_dpm2_ancestral",
     "KDPM2DiscreteScheduler": "diffusers_dpm2",
     "LCMScheduler": "lcm",
     "LMSDiscreteScheduler": "diffusers_lms",
