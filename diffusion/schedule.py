@@ -82,8 +82,11 @@ class Schedule:
             raise ValueError(f"timestep {t} is outside -1 (clean data) .. {last}")
         if t == int(t):
             return self._levels[int(t) + 1]
-        at = self._between(torch.tensor([t], dtype=torch.float64), *self._tables[torch.device("cpu")])
-        return Level(at.alpha.item(), at.sigma.item())
+        if t < 0:
+            return self._levels[0]
+        low = int(t)
+        log_noise = (low + 1 - t) * self._log_noise[low] + (t - low) * self._log_noise[low + 1]
+        return Level(1 / math.hypot(1, math.exp(log_noise)), 1 / math.hypot(1, math.exp(-log_noise)))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:
