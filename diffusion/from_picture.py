@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diffusion import comfy_graph, parameters
 from diffusion.cli import CONFIGS
 from diffusion.files import numbered
@@ -212,9 +214,8 @@ def _words(found: Mapping[str, Any], typed: set[str]) -> tuple[list[str], list[s
 
 def _node_words(group: str, node: Mapping[str, Any]) -> list[str]:
     """Return words that make a group's node exactly what was recorded, from the option that is nearest to it."""
-    from omegaconf import OmegaConf
-
-    options = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (CONFIGS / group).glob("*.yaml")}
+    paths = (CONFIGS / group).glob("*.yaml")
+    options = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in paths}
     alike = {name: len(node.keys() ^ base.keys()) for name, base in sorted(options.items())
              if base.get("_target_") == node.get("_target_")}  # fmt: skip
     chosen = min(alike, key=alike.get, default="none")
