@@ -27,6 +27,12 @@ CHECKPOINTS = {  # list, delta -> family, parameterization, parts, sizes
     ("sd21_checkpoint", None): ("sd2", None, 3),
     ("sdxl_base_checkpoint", None): ("sdxl-base", "eps", 4),
 }
+TEXTS = {  # how each family reads its text encoders: layer, final norm, padding, pooled
+    "sd1": [("last", True, "end", False)],
+    "sd2": [("penultimate", True, "zero", False)],
+    "sdxl-base": [("penultimate", False, "end", False), ("penultimate", False, "zero", True)],
+    "sdxl-refiner": [("penultimate", False, "zero", True)],
+}
 FOLDERS = {
     ("sd15_diffusers", None): "sd1",
     ("sd15_diffusers", "sd15_inpainting_diffusers_delta"): "sd1-inpainting",
@@ -47,6 +53,13 @@ def same_network(found, settings):
     assert differences(template(found.config["net"]), unet(**settings)) == []
 
 
+def read_as(found):
+    """What a recognised conditioner takes of each of its text encoders."""
+    node = found.config["conditioner"]
+    texts = node.get("texts", [node])
+    return [(text["layer"], text["final_norm"], text["pad"], text.get("pooled", False)) for text in texts]
+
+
 @pytest.mark.parametrize(("keys", "expected"), CHECKPOINTS.items(), ids=lambda value: str(value[1] or value[0]))
 def test_every_full_size_checkpoint_fits_one_to_one_and_is_the_published_network(keys, expected):
     entries, (family, parameterization, parts) = full_size(*keys), expected
@@ -58,6 +71,7 @@ def test_every_full_size_checkpoint_fits_one_to_one_and_is_the_published_network
     assert found.fits and not found.absent and len(found.places) == parts, (found.missing, found.unexpected)
     used = [name for place in found.places for name in place.names]
     assert len(used) == len(set(used)) and set(used) | set(found.harmless) == set(entries)
+    assert read_as(found) == TEXTS.get(family, TEXTS["sd1"])
     config = key_configs()[keys[0]] | {"in_channels": found.config["net"]["in_channels"]}
     same_network(found, compvis.unet_config(config))
     for node in ("net", "autoencoder", "conditioner"):
@@ -130,6 +144,8 @@ def test_every_full_size_folder_fits_one_to_one_with_its_config(keys, family, tm
     same_network(found, diffusers.unet_config(config.get("unet", config)))
     assert found.facts["shape"] == [3, config.get("unet", config)["sample_size"] * 8, *found.facts["shape"][-1:]]
     assert found.facts["sampler"] == "diffusers_pndm"
+    # The copies of Stable Diffusion 2's encoder end before the layer that is not read.
+    assert read_as(found) == ([("last", True, "zero", False)] if family == "sd2" else TEXTS.get(family, TEXTS["sd1"]))
 
 
 @pytest.mark.parametrize("name", ["sd15_diffusers", "sd21_diffusers", "sdxl_base_diffusers"])
@@ -246,6 +262,8 @@ def test_families_are_known_by_their_published_settings(name):
     same_network(found, compvis.unet_config(kwargs))
     for node in ("net", "autoencoder", "conditioner"):
         build_empty(found.config[node])
+    if found.family in TEXTS:
+        assert read_as(found) == TEXTS[found.family] and found.config["conditioner"]["aesthetic"]
     if found.family == "ldm-class":
         assert (found.facts["guidance_scale"] == 1.0) == (others()["cond_stage_model.embedding.weight"][0] == 1000)
         assert found.facts["num_classes"] == 1000 and found.config["diffusion"]["schedule"]["beta_end"] == 0.0195

@@ -194,6 +194,22 @@ def test_what_is_no_file_of_weights_says_what_it_looks_like(name, content, words
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_tensors_that_overlap_or_leave_gaps_are_refused(tmp_path):
+    for first, second in (([0, 4], [8, 12]), ([0, 4], [0, 4])):
+        header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": first}}
+        header["b"] = {"dtype": "F32", "shape": [1], "data_offsets": second}
+        text = json.dumps(header).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(second[1]))
+        with pytest.raises(ValueError, match="starts at byte"):
+            open_weights(tmp_path / "x.safetensors")
+
+
+def test_tensors_larger_than_their_bytes_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="'a' as no plain tensor"):
+        open_weights(tmp_path / "x.ckpt")
+
+
 def test_a_file_that_is_not_there_names_its_neighbours(tmp_path):
     save("safetensors", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"did you mean .*x\.safetensors"):
