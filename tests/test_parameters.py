@@ -137,6 +137,21 @@ def test_what_a_prompt_asks_besides_is_named(prompt, note):
     assert any(note in text for text in found.notes)
 
 
+@pytest.mark.parametrize(
+    ("fields", "sampler"),
+    [
+        ("Sampler: DPM++ 2M, Schedule type: Karras", ("DPM++ 2M", "Karras")),
+        ("Sampler: DPM++ 2M Karras", ("DPM++ 2M Karras", None)),  # before 1.9
+        ("Sampler: DPM++ 2M", ("DPM++ 2M", "Uniform")),  # none is written where it is k-diffusion's own
+        ("Sampler: Euler a", ("Euler a", "Uniform")),
+        ("Sampler: DDIM", ("DDIM", None)),
+        ("Hires upscale: 2", None),
+    ],
+)
+def test_a_schedule_that_is_not_written_is_the_uniform_one(fields, sampler):
+    assert from_parameters(parse(f"x\nSteps: 5, CFG scale: 7, Seed: 1, {fields}")).sampler == sampler
+
+
 def test_a_plain_prompt_needs_no_emphasis():
     found = from_parameters(parse("a cat, \\(not weighed\\)\nSteps: 5, CFG scale: 7, Seed: 1"))
     assert found.settings["emphasis"] is True  # the backslashes are grammar, too
