@@ -8,6 +8,8 @@
     uv run sample.py checkpoint=FILE labels=[3,7] guidance=classifier guidance.classifier_checkpoint=FILE
     uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
     uv run sample.py checkpoint=FILE prompts=FILE.txt                # one prompt a line
+    uv run sample.py checkpoint=FILE prompt="..." image=PICTURE strength=0.6 mask=PICTURE   # from a picture, or a part
+    uv run sample.py sampler=                                        # lists them
     uv run sample.py from=IMAGE.png                                  # the same image again, from what it says of itself
     uv run sample.py from=IMAGE.png seed=5 sampler.num_steps=50      # or another one; also images of A1111 and ComfyUI
     uv run sample.py from=IMAGE.png verify=true                      # is it the same? the exit status says
