@@ -170,8 +170,9 @@ def read_source(path: str | Path, *, weights: str = "auto") -> Source:
     if found.kind not in ("denoiser", "autoencoder"):
         raise ValueError(f"{path} is {found.title}; denoisers and autoencoders are converted")
     check_keys(found)
-    facts = {**found.facts, "linear_projections": linear_projections(found)}
-    facts |= {"short_text_names": _short(found)} if found.layout == "diffusers" else {}
+    linear = linear_projections(found)
+    facts = {**found.facts, **({} if linear is None else {"linear_projections": linear})}
+    facts |= {"short_text_names": True} if _short(found) else {}
     tensors = {}
     for place in found.places:
         for rule in place.table.rules:

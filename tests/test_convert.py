@@ -224,6 +224,19 @@ def test_an_exported_pixel_model_is_diffusers_own_network(tmp_path):
     assert again.diffusion.parameterization == "v"
 
 
+def test_a_model_of_ours_keeps_what_weights_do_not_tell(tmp_path):
+    settings = config(out_channels=2) | {"diffusion": DIFFUSION | {"variance": "learned", "parameterization": "eps"}}
+    source = tmp_path / "m.safetensors"
+    save_model(source, random_net(settings), settings, weights="ema", step=7, ema_decay=0.99, facts=facts())
+    exported = convert(source, tmp_path / "folder", layout="diffusers", say=quiet)
+    back = convert(exported, tmp_path / "back.safetensors", layout="ours", say=quiet)
+    assert_same_file(source, back)
+    models = [load_model(path) for path in (source, exported, back)]
+    for model in models:
+        assert model.diffusion.variance == "learned" and model.facts["class_names"] == facts()["class_names"]
+        assert torch.equal(model.diffusion.schedule.betas, models[0].diffusion.schedule.betas)
+
+
 def test_a_model_with_classes_comes_as_parts_where_diffusers_has_no_pipeline(tmp_path):
     from diffusers import UNet2DModel
 

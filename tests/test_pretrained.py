@@ -7,7 +7,9 @@ from golden_cases import assert_close
 from torch import nn
 
 from diffusion.models.layers import timestep_embedding
-from diffusion.pretrained import compvis, diffusers, guided_diffusion
+from diffusion.models.unet import UNet
+from diffusion.pretrained import compvis, diffusers, export_compvis, export_diffusers, guided_diffusion
+from diffusion.pretrained.compare import differences
 from diffusion.pretrained.keymap import CONV1D, CONV2D, SAME, STACKED, SWAPPED_HALVES, KeyMap, Rule, heads_outermost
 
 CROSS = {
@@ -56,6 +58,13 @@ CONDITIONED = {
     "class projection": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
     "class linear": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 10},
     "dropout and harmless settings": {"dropout": 0.1, "upcast_attention": True, "sample_size": (8, 8)},
+}
+SMALL = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 16,
 }
 UNCONDITIONED = {
     "plain": {},
@@ -108,14 +117,7 @@ def test_conditioned_diffusers_networks_give_the_same_output(name):
 
 @pytest.mark.parametrize("name", UNCONDITIONED)
 def test_unconditioned_diffusers_networks_give_the_same_output(name):
-    settings = {
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 16,
-        **UNCONDITIONED[name],
-    }
+    settings = SMALL | UNCONDITIONED[name]
     peer = randomised(UNet2DModel(**settings))
     config = {**peer.config, "_class_name": "UNet2DModel"}
     net = diffusers.load_unet(config, peer.state_dict()).eval()
@@ -311,3 +313,36 @@ def test_flags_of_the_readme_give_the_constructors_arguments():
     assert guided_diffusion.unet_config(config)["stages"][1]["attention"] == "self"
     with pytest.raises(ValueError, match="image_size=48 has no default channel_mult"):
         guided_diffusion.kwargs_from_flags({"image_size": 48})
+
+
+@pytest.mark.parametrize(
+    ("peer", "config"),
+    [
+        *(pytest.param(UNet2DConditionModel, CROSS | changes, id=name) for name, changes in CONDITIONED.items()),
+        *(pytest.param(UNet2DModel, SMALL | changes, id=f"plain, {name}") for name, changes in UNCONDITIONED.items()),
+    ],
+)
+def test_a_network_is_described_to_diffusers_in_settings_that_build_it_there(peer, config):
+    with torch.device("meta"):
+        net = UNet(**diffusers.unet_config({"_class_name": peer.__name__, **config}))
+        described = export_diffusers.unet_json(net, linear_projections=config.get("use_linear_projection", False))
+        theirs = peer(**{name: value for name, value in described.items() if name != "_class_name"})
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert described["_class_name"] == peer.__name__
+    assert diffusers.unet_table(described).foreign_shapes == shapes
+
+
+@pytest.mark.parametrize("setting", [{}, {"num_head_channels": 8, "num_heads": -1}, {"num_classes": 5}])
+def test_a_network_is_described_to_ldm_in_its_own_settings(setting):
+    with torch.device("meta"):
+        net = UNet(**compvis.unet_config(LDM | setting))
+    table = export_compvis.unet_table(net, linear_projections=False)
+    assert table.foreign_shapes == compvis.unet_table(LDM | setting).foreign_shapes
+
+
+def test_what_two_networks_compute_otherwise_is_told_setting_by_setting():
+    with torch.device("meta"):
+        one, other = (UNet(**compvis.unet_config(LDM | {"num_heads": heads})) for heads in (4, 2))
+    found = differences(one, other)
+    assert found and all("num_heads=4, there 2" in line for line in found)
+    assert differences(one, one) == []

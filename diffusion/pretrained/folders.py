@@ -118,7 +118,7 @@ def _assembled(folders: Folders, file: WeightFile, arguments: Mapping[str, Any],
     places = [Place("net", file, "", table)]
     kind = _structure(arguments, settings, folders)
     pixels = kind == "ldm" and folders.autoencoder is None and settings["in_channels"] in (1, 3)
-    family = _family(path, kind, settings)
+    family = FAMILIES[kind] if pixels else _family(path, kind, settings)
     config: dict[str, Any] = {"net": net}
     absent: list[str] = []
     factor = 1
