@@ -29,7 +29,7 @@ from diffusion.prepare import (
     text_options_kept,
     with_parameterization,
 )
-from diffusion.probing import answer_to_noise
+from diffusion.probing import answer_to_noise, likely
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import SampleNoise, Sampler
 from diffusion.schedule import scaled_linear
@@ -400,6 +400,10 @@ def predicting(answers: str, said: str, recognised: str | None = "eps") -> Laten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_answer_to_noise_tells_eps_from_v(kind, low, high, dtype):
     assert low < answer_to_noise(predicting(kind, "eps"), CPU, dtype) <= high
+
+
+def test_an_answer_is_taken_for_what_it_is_nearer_to():
+    assert [likely(value) for value in (1.0, 0.8, 0.2, 0.0, -0.6)] == ["eps", "eps", "v", "v", "v"]
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
