@@ -4,16 +4,16 @@
 `configs` the folder without weights that diffusers' `from_single_file` takes its settings from.
 """
 
+import functools
 import json
 import math
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))  # the tiny models, the schedulers' configs and CLIP's tokenizer
@@ -135,20 +135,27 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in random_tensors(shapes):
-            file.write(tensor.numpy().tobytes())
+        for name, shape in shapes.items():
+            write_tensor(file, name, shape)
     part.rename(path)
 
 
-def random_tensors(shapes: dict[str, tuple[int, ...]]) -> Iterator[Tensor]:
-    """Normal weights that keep the size of what flows through, from one long row of draws; norms 1, biases 0."""
-    draws = torch.randn(2**24 + 1, generator=torch.Generator().manual_seed(0))
-    for name, shape in shapes.items():
-        if name.endswith("position_ids"):
-            yield torch.arange(shape[-1])
-        elif len(shape) < 2:
-            yield torch.full(shape, float(name.endswith(("weight", "logit_scale")))).half()
-        else:
-            std = 0.02 if "embedding" in name else math.prod(shape[1:]) ** -0.5
-            count = math.prod(shape)
-            yield (draws.repeat(count // len(draws) + 1)[:count] * std).half()
+def write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
+    """Normal weights that keep the size of what flows through, one row of draws over and over; norms 1, biases 0."""
+    if name.endswith("position_ids"):
+        file.write(torch.arange(shape[-1]).numpy().tobytes())
+        return
+    if len(shape) < 2:
+        file.write(torch.full(shape, float(name.endswith(("weight", "logit_scale")))).half().numpy().tobytes())
+        return
+    row = draws(0.02 if "embedding" in name else math.prod(shape[1:]) ** -0.5)
+    whole, rest = divmod(2 * math.prod(shape), len(row))
+    for _ in range(whole):
+        file.write(row)
+    file.write(row[:rest])
+
+
+@functools.cache
+def draws(std: float) -> bytes:
+    """The bytes of 4 million float16 numbers; not a power of two, so that rows of weights differ."""
+    return (torch.randn(2**22 + 1, generator=torch.Generator().manual_seed(0)) * std).half().numpy().tobytes()
