@@ -22,10 +22,11 @@ from diffusion.generate import Batch, batches, choose_device, whole
 from diffusion.images import grid, label_layout, read_text, save_npz, save_png, to_uint8
 from diffusion.parameters import written
 from diffusion.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, parameters_of, picture_texts
-from diffusion.prepare import prepared
+from diffusion.prepare import is_published, prepared
 from diffusion.processes import Stopped, Team
 from diffusion.progress import WorkBar
 from diffusion.sample_parts import Parts
+from diffusion.sample_settings import PAD_TO
 from diffusion.sampling import Sampler
 from diffusion.verify import check_comparable, unlike
 
@@ -57,7 +58,7 @@ def sample_to_folder(
     made_by = team.share(lambda: made_of(model, config, settings))
     begun = team.share(lambda: _begin(parts, made_by, config))
     parts.hold()
-    own = owned(settings, config)
+    own = owned(settings, config, batches_tell=is_published(model) or settings["pad_to"] % PAD_TO != 0)
     steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
     try:
         with _counting(team, steps, num_samples, begun) as on_step:
@@ -157,14 +158,18 @@ def save_pictures(
     """Write a batch as 000000.png, ... from `first` on; `own(i)` is what the text of sample i says of it alone."""
     for i, image in enumerate(images):
         label = None if batch.labels is None else batch.labels[i]
-        made = {"seed": batch.seeds[i], "label": label, "batch": whole(len(images), made_by["pad_to"])}
-        made |= {**made_by, **own(first + i)}
+        made = {"seed": batch.seeds[i], "label": label, **made_by, **own(first + i)}
         also = written(parameters_of(made, image.shape[:2]))
         save_png(image, folder / f"{first + i:06d}.png", made, also=also)
 
 
-def owned(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:
-    """Return what sample i alone is made from, of settings that list one for each sample or are lists that repeat."""
+def owned(
+    settings: Mapping[str, Any], config: Mapping[str, Any], *, batches_tell: bool
+) -> Callable[[int], dict[str, Any]]:
+    """Return what sample i alone is made from, of settings that list one for each sample or are lists that repeat.
+
+    `batches_tell`: how many samples share a batch changes how the kernels round, so that it belongs to them.
+    """
     columns = {}
     for name, entries in (("prompt", settings["inputs"]), ("negative_prompt", settings["negative"])):
         if (entries or {}).get("caption") is not None:
@@ -181,6 +186,9 @@ def owned(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[[i
 
     def own(i: int) -> dict[str, Any]:
         found = {name: values[i % len(values)] for name, values in columns.items()}
+        if batches_tell:
+            others = settings["num_samples"] - i // settings["batch_size"] * settings["batch_size"]
+            found["batch"] = whole(min(others, settings["batch_size"]), settings["pad_to"])
         return found | {f"{name}_sha256": hashes(found[name]) for name in PICTURES if name in found}
 
     return own
