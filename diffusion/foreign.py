@@ -3,7 +3,9 @@
 `pretrained.recognise` says what a file holds; here that is built on the meta device and given the mapped tensors.
 """
 
+import contextlib
 import copy
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,7 @@ from diffusion.model_file import Part, git_commit, package_version
 from diffusion.pretrained.keymap import SAME, Rule
 from diffusion.pretrained.recognise import Place, Recognised, recognise
 
+TRIM = 2**27  # bytes of weights read between two calls of `trim_memory`
 USES = {  # what a file of each kind is given as, where a whole model is asked for
     "autoencoder": "an autoencoder alone: give it beside a model, as vae=FILE, or train on it, as "
     "autoencoder=trained autoencoder.checkpoint=FILE",
@@ -240,6 +243,7 @@ def fill(
 
     What needs no change stays the file's mapped memory until it is written to.
     """
+    copied = 0
     for place in places:
         name, _, inside = place.part.partition(".")
         if name in modules:
@@ -252,6 +256,8 @@ def fill(
                 like, read = templates[rule.ours], partial(read_ours, place, rule)
                 tensor = mapped(lambda own, read=read: read(own=own), like, changed=changed)
                 state[rule.ours] = ordered(tensor.to(device, _type(tensor.dtype, dtype)), like)
+                if (copied := copied + tensor.nbytes) > TRIM:
+                    copied = trim_memory()
             assign_weights(module, state)
     for name, module in modules.items():
         if not module.state_dict():
@@ -259,6 +265,13 @@ def fill(
         empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         assert not empty, f"no place in the file for {name}.{empty[0]} and {len(empty) - 1} more"
         module.to(device).eval()
+
+
+def trim_memory() -> int:
+    """Give back to the system what was freed, which glibc keeps between what was not: 4 % of a model. Return 0."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have other allocators
+        ctypes.CDLL(None).malloc_trim(0)
+    return 0
 
 
 def read_ours(place: Place, rule: Rule, *, own: bool = False) -> Tensor:
