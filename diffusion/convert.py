@@ -173,6 +173,7 @@ def read_source(path: str | Path, *, weights: str = "auto") -> Source:
     linear = linear_projections(found)
     facts = {**found.facts, **({} if linear is None else {"linear_projections": linear})}
     facts |= {"short_text_names": True} if _short(found) else {}
+    facts |= {"published_layout": "compvis"} if found.layout == "compvis" else {}
     tensors = {}
     for place in found.places:
         for rule in place.table.rules:
@@ -349,10 +350,8 @@ def write(
     """Write all of a source in a layout, atomically."""
     out = Path(out).expanduser()
     plan = PLANS[layout](source.content)
-    if layout == "compvis" and source.layout == "compvis":
-        plan.buffers = {}  # it has its own, or had none
-    if layout == "compvis" and any(name.startswith("compvis.") for name in source.carried):
-        plan.buffers = {}
+    if "compvis" in (source.layout, source.content.facts.get("published_layout")):
+        plan.buffers = {}  # its file had its own, or had none
     for note in (*source.notes, *plan.notes):
         say(note)
     files = _files(source, plan, layout, dtype)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from diffusion.checkpoint import build, load_model, read_header, save_model
 from diffusion.convert import convert, read_source, save_foreign
+from diffusion.layouts import plan_compvis, plan_diffusers
 from diffusion.model_file import Part, weights_hash
 from diffusion.models.text import TextTransformer
 from diffusion.pretrained import export_compvis, open_clip
@@ -48,7 +50,9 @@ def assert_same_folder(one: Path, other: Path, *, except_for: tuple[str, ...] = 
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl-base", pytest.param("sdxl-refiner", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2-v", "sdxl-base", "sdxl-refiner"))]
+)
 def test_there_and_back_through_every_layout_is_the_same_bytes(name, tmp_path):
     folder, single = sd_cases.folder(name), sd_cases.single_file(name)
     ours = convert(single, tmp_path / "ours.safetensors", layout="ours", say=quiet)
@@ -90,6 +94,26 @@ def test_keys_that_no_network_has_travel_along(tmp_path):
         assert_same_file(source, back)
     load_model(tmp_path / "ours.safetensors")  # is as strict as ever
     assert not told
+
+
+def test_a_file_without_a_schedules_buffers_comes_back_without_them(tmp_path):
+    state = {k: v for k, v in load_file(sd_cases.single_file("sd1")).items() if "." in k}
+    source = tmp_path / "file.safetensors"
+    save_file(state, source)
+    for layout, out in (("compvis", "c.safetensors"), ("ours", "ours.safetensors"), ("diffusers", "folder")):
+        there = convert(source, tmp_path / out, layout=layout, say=quiet)
+        back = convert(there, tmp_path / f"from_{layout}.safetensors", layout="compvis", say=quiet)
+        assert_same_file(source, back)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_how_transformers_project_is_remembered_and_not_guessed(linear):
+    content = read_source(sd_cases.single_file("sd1")).content
+    content = replace(content, facts=content.facts | {"linear_projections": linear})
+    assert plan_diffusers(content).json["unet/config.json"]["use_linear_projection"] is linear
+    table = next(target.table for target in plan_compvis(content).targets if target.part == "net")
+    shapes = [shape for name, shape in table.foreign_shapes.items() if name.endswith("proj_in.weight")]
+    assert {len(shape) for shape in shapes} == {2 if linear else 4}
 
 
 def test_keys_of_diffusers_that_compvis_lacks_travel_along(tmp_path):
@@ -374,7 +398,7 @@ def test_the_schedules_buffers_are_those_that_ldm_registers():
 def test_a_stream_is_what_safetensors_reads(tmp_path):
     tensors = {
         "a": torch.randn(3, 5),
-        "b": torch.randn(7).bfloat16(),
+        "b": torch.randn(6).bfloat16(),
         "c": torch.arange(6).view(2, 3),
         "d": torch.zeros(0, 4),
         "e": torch.tensor(1.5),

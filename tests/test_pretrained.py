@@ -332,7 +332,17 @@ def test_a_network_is_described_to_diffusers_in_settings_that_build_it_there(pee
     assert diffusers.unet_table(described).foreign_shapes == shapes
 
 
-@pytest.mark.parametrize("setting", [{}, {"num_head_channels": 8, "num_heads": -1}, {"num_classes": 5}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"num_head_channels": 8, "num_heads": -1},
+        {"num_classes": 5},
+        {"num_classes": "sequential", "adm_in_channels": 9},
+        {"num_classes": "continuous"},
+        {"transformer_depth": [1, 2], "attention_resolutions": [1, 2], "disable_middle_transformer": False},
+    ],
+)
 def test_a_network_is_described_to_ldm_in_its_own_settings(setting):
     with torch.device("meta"):
         net = UNet(**compvis.unet_config(LDM | setting))
