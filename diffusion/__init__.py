@@ -5,15 +5,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "brownian": ("BrownianNoise",),
     "checkpoint": ("LoadedModel", "load_autoencoder", "load_classifier", "load_model", "read_header", "save_model"),
     "conditioning": (
         *("ClassConditioner", "Conditioner", "ImageConditioner", "JointConditioner", "LowResolutionConditioner"),
-        "TextConditioner",
     ),
     "denoiser": ("Denoiser", "denoiser_pair"),
     "guidance": (
-        *("ClassifierFreeGuidance", "ClassifierGuidance", "NoGuidance", "classifier_score", "clip_x0"),
-        "threshold_x0",
+        *("ClassifierFreeGuidance", "ClassifierGuidance", "NoGuidance", "TwoScaleGuidance"),
+        *("classifier_score", "clip_x0", "threshold_x0"),
     ),
     "likelihood": ("bits_per_dim", "vlb_term"),
     "losses": ("P2", "DenoisingLoss", "MinSNR", "TruncatedSNR"),
@@ -23,10 +23,12 @@ _PUBLIC = {
     "models.text": ("TextTransformer",),
     "models.unet": ("Stage", "UNet"),
     "models.vq": ("VQAutoencoder",),
+    "pipeline": ("LatentDiffusion",),
     "process": ("GaussianDiffusion", "Prediction", "posterior_mean", "q_sample", "target", "transition"),
     "sampling": ("SampleNoise", "Sampler", "State", "sample", "step"),
     "schedule": ("CLEAN", "Level", "Schedule"),
-    "solvers": ("euler",),
+    "solvers": ("SOLVERS", "Solver", "euler"),
+    "text_conditioning": ("TextConditioner", "XLConditioner"),
     "timestep_samplers": ("ImportanceTimesteps", "StratifiedTimesteps", "UniformTimesteps"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
