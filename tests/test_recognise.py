@@ -480,6 +480,33 @@ def test_the_schedulers_config_is_believed(said, kind, target, tmp_path):
     assert found.facts["scheduler"] == SCHEDULER | said
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "beta_end", [1, "a"]),
+        ("scheduler/scheduler_config.json", "beta_start", -1),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "many"),
+        ("scheduler/scheduler_config.json", "trained_betas", [2.0]),
+        ("scheduler/scheduler_config.json", "prediction_type", "flow"),
+        ("scheduler/scheduler_config.json", "beta_schedule", "mine"),
+        ("unet/config.json", "block_out_channels", "wide"),
+        ("unet/config.json", "attention_head_dim", 0),
+        ("unet/config.json", "addition_embed_type", "image"),
+        ("vae/config.json", "latent_channels", 10**9),
+        ("vae/config.json", "down_block_types", [1]),
+        ("text_encoder/config.json", "hidden_size", None),
+        ("text_encoder/config.json", "hidden_act", "relu"),
+    ],
+)
+def test_configs_that_make_no_sense_are_named(file, key, value, tmp_path):
+    path = save_folder(tmp_path, "sd15_diffusers")
+    config = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=file.split("/")[0]) as error:
+        recognise(path)
+    assert str(path) in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # parts alone, and what is no model
 

@@ -23,6 +23,8 @@ PIPELINE = "model_index.json"
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 TEXTS = ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel")
+# What reading a config whose values are of other kinds than they should be ends in.
+DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
 AUTOENCODER_FOLDERS = ("vae", "vqvae")
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2")
 
@@ -170,7 +172,7 @@ def unet_part(where: Path, arguments: Mapping[str, Any]) -> tuple[dict[str, Any]
     """Our settings of a UNet with this config, and its table."""
     try:
         return diffusers.unet_config(arguments), diffusers.unet_table(arguments)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{where} holds a UNet that cannot be built here: {_reason(error)}") from error
 
 
@@ -226,7 +228,7 @@ def autoencoder_part(where: Path, file: WeightFile, arguments: Mapping[str, Any]
     try:
         settings = diffusers_autoencoder.autoencoder_config(arguments)
         table = diffusers_autoencoder.autoencoder_table(arguments)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{where} holds an autoencoder that cannot be built here: {_reason(error)}") from error
     quantises = "num_codes" in settings
     node = {"_target_": f"diffusion.models.{'vq.VQAutoencoder' if quantises else 'autoencoder.AutoencoderKL'}"}
@@ -286,7 +288,7 @@ def _encoder(folder: Path, file: WeightFile) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     try:
         settings = transformers.text_config(config, projected="text_projection.weight" in file)
-    except (ValueError, TypeError, KeyError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{folder} holds a text encoder that cannot be built here: {_reason(error)}") from error
     return {"_target_": families.TEXT_TARGET, **settings}
 

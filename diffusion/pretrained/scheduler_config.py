@@ -56,9 +56,16 @@ def read_scheduler(
 def schedule_node(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The schedule's config node; diffusers' defaults stand for what the file leaves out."""
     if betas := config.get("trained_betas"):
+        if not isinstance(betas, list) or not all(_within(beta, 0, 1) for beta in betas):
+            raise ValueError(f"{path} says trained_betas={str(betas)[:60]}, which are no numbers from 0 to 1")
         return {"_target_": "diffusion.schedule.Schedule", "betas": list(betas)}
     steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+    if not _within(steps, 1, 10**6) or not isinstance(steps, int) or not all(_within(beta, 0, 1) for beta in ends):
+        raise ValueError(
+            f"{path} says num_train_timesteps={steps!r:.40} and beta_start={ends[0]!r:.40}, beta_end={ends[1]!r:.40}; "
+            "these must be a whole number from 1 and two numbers from 0 to 1"
+        )
     if kind == "scaled_linear":
         return families.scaled_linear(ends, steps)
     if kind == "linear":
@@ -69,3 +76,7 @@ def schedule_node(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(
         f"{path} says beta_schedule={kind!r}, which is none of scaled_linear, linear, squaredcos_cap_v2, trained_betas"
     )
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
