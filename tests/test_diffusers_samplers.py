@@ -5,13 +5,15 @@ import inspect
 import diffusers
 import pytest
 import torch
-from test_configs import built, composed
+from test_configs import built
+from test_sampler_list import KNOWN, values
 
 from diffusion.denoiser import denoiser
 from diffusion.process import GaussianDiffusion
 from diffusion.sampler_list import of_scheduler
 from diffusion.schedule import scaled_linear
 
+STEPS = 20
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -88,12 +90,12 @@ OTHERS = [
 @pytest.mark.parametrize(("kind", "changes"), OTHERS)
 def test_a_scheduler_config_is_believed(kind, changes):
     peer = getattr(diffusers, kind).from_config({**STABLE_DIFFUSION, **changes})
-    name, values = of_scheduler(dict(peer.config, _class_name=kind))
+    name, changed = of_scheduler(dict(peer.config, _class_name=kind))
     start = float(peer.init_noise_sigma)
-    spread = start > 1 and values["spacing"] != "leading"  # its first noise is not of variance one there
-    node = {**composed(f"sampler={name}", name="sample")["sampler"], **values}
+    spread = start > 1 and changed["spacing"] != "leading"  # its first noise is not of variance one there
+    node = {**values(name), **changed}
     tolerance = 2e-3 if "solver_order" in changes else 1e-4  # its second step has other weights than the third order's
-    compare(node, peer, "epsilon", 20, start=start / (1 + start**2) ** 0.5 if spread else 1.0, tolerance=tolerance)
+    compare(node, peer, "epsilon", STEPS, start=start / (1 + start**2) ** 0.5 if spread else 1.0, tolerance=tolerance)
 
 
 def test_clipping_is_believed():
@@ -108,19 +110,15 @@ def test_a_scheduler_that_nobody_here_knows_is_none():
     assert of_scheduler({}) is None
 
 
-@pytest.mark.parametrize("steps", [16, 20])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_config_of_diffusers_name_ends_where_diffusers_does(name, prediction, steps):
+def test_a_config_of_diffusers_name_ends_where_diffusers_does(name, prediction):
     peer = CLASSES[name].from_config({**STABLE_DIFFUSION, "prediction_type": prediction})
-    compare(composed(f"sampler={name}", name="sample")["sampler"], peer, prediction, steps, start=1.0)
-    assert of_scheduler(dict(peer.config, _class_name=CLASSES[name].__name__))[0] == name
-    changes = of_scheduler(dict(peer.config, _class_name=CLASSES[name].__name__))[1]
-    node = composed(f"sampler={name}", name="sample")["sampler"]
-    assert changes.items() <= node.items() | {("kind", "bh2"), ("kind", "midpoint"), ("order", 2)}
+    compare(values(name), peer, prediction, STEPS, start=1.0)
+    known, changes = of_scheduler(dict(peer.config, _class_name=CLASSES[name].__name__))
+    assert known == name
+    assert changes.items() <= values(name).items() | {("kind", "bh2"), ("kind", "midpoint"), ("order", 2)}
 
 
 def test_every_config_of_diffusers_name_is_held_to_its_class():
-    from test_sampler_list import KNOWN
-
     assert {name for name in KNOWN if name.startswith("diffusers_")} == set(CLASSES)
