@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sd_cases
 import torch
+from foreign_cases import full_size, write_header
 from golden_cases import assert_close, key_list, load, names
 from safetensors.torch import load_file, save_file
 from tiny import DIFFUSION, NET, config, facts, random_net, save_tiny
@@ -16,7 +17,7 @@ from torch import nn
 
 from diffusion.checkpoint import build, load_model, read_header, save_model
 from diffusion.convert import convert, read_source, save_foreign
-from diffusion.layouts import plan_compvis, plan_diffusers
+from diffusion.layouts import PLANS, plan_compvis, plan_diffusers
 from diffusion.model_file import Part, weights_hash
 from diffusion.models.text import TextTransformer
 from diffusion.pretrained import export_compvis, open_clip
@@ -468,3 +469,20 @@ def test_what_is_in_a_source_is_known_before_it_is_read():
         for module in source.content.modules.values()
     )
     assert source.content.linear_projections is False
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl_base"])
+def test_full_size_models_get_every_published_name_and_shape_in_both_layouts(name, tmp_path):
+    single = write_header(tmp_path / "model.safetensors", full_size(f"{name}_checkpoint"))
+    content = read_source(single).content
+    extra = {"cond_stage_model.model.logit_scale", "conditioner.embedders.1.model.logit_scale"}
+    ids = "transformer.text_model.embeddings.position_ids"
+    extra |= {f"cond_stage_model.{ids}", f"conditioner.embedders.0.{ids}"}
+    for layout, listed in (("compvis", f"{name}_checkpoint"), ("diffusers", f"{name}_diffusers")):
+        plan = PLANS[layout](content)
+        found = {buffer: tuple(tensor.shape) for buffer, tensor in plan.buffers.items()}
+        for target in plan.targets:
+            folder = f"{target.file.partition('/')[0]}/" if target.file else ""
+            found |= {folder + target.prefix + key: shape for key, shape in target.table.foreign_shapes.items()}
+        expected = {key: tuple(row[:-1]) for key, row in key_list(listed).items()}
+        assert found == {key: shape for key, shape in expected.items() if key not in extra}
