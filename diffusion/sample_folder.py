@@ -26,7 +26,6 @@ from diffusion.prepare import is_published, prepared
 from diffusion.processes import Stopped, Team
 from diffusion.progress import WorkBar
 from diffusion.sample_parts import Parts
-from diffusion.sample_settings import PAD_TO
 from diffusion.sampling import Sampler
 from diffusion.verify import check_comparable, unlike
 
@@ -58,7 +57,7 @@ def sample_to_folder(
     made_by = team.share(lambda: made_of(model, config, settings))
     begun = team.share(lambda: _begin(parts, made_by, config))
     parts.hold()
-    own = owned(settings, config, batches_tell=is_published(model) or settings["pad_to"] % PAD_TO != 0)
+    own = owned(settings, config, batches_tell=is_published(model) or settings["pad_to"] == 1)
     steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
     try:
         with _counting(team, steps, num_samples, begun) as on_step:
