@@ -194,7 +194,7 @@ def test_a_config_that_the_network_does_not_understand_is_a_clear_error(good):
         ("num_samples=0", "num_samples must be at least 1"),
         ("batch_size=0", "batch_size must be at least 1"),
         ("pad_to=0", "pad_to must be at least 1"),
-        ("dtype=int8", "dtype must be one of float32"),
+        ("dtype=int8", "dtype must be auto or one of float32"),
         ("device=cuda:99", "device=cuda:99 cannot be used here"),
         ("device=toaster", "device=toaster cannot be used here"),
         ("sampler.eta=-1", "eta must be in"),
