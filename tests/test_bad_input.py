@@ -107,7 +107,7 @@ def rewrite(path, **changes):
         (longer, "longer than its header says"),
         (raw_pickle, "looks like a pickle"),
         (torch_save, "looks like a file of torch.save"),
-        (foreign_safetensors, "is no model that is known here"),
+        (foreign_safetensors, "not one of ours|is no model that is known here"),
         (huge_header, "truncated or damaged: its header claims 4611686018427387904 bytes"),
         (html, "looks like a web page"),
         (lfs_pointer, "git lfs pull"),
