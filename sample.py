@@ -40,7 +40,7 @@ def spelled_out(arguments: list[str]) -> list[str]:
     """Put the settings that from=PICTURE stands for in front of the words that were typed."""
     if not any(word.lstrip("+").startswith("from=") for word in arguments):
         return arguments
-    from diffusion.from_picture import with_picture
+    from diffusion.pictures.from_picture import with_picture
 
     return with_picture(arguments)
 
@@ -63,7 +63,7 @@ def draw(config: dict[str, Any], team: "Team") -> Path:
     config, typed = {name: value for name, value in config.items() if name != "typed"}, config["typed"]
     for part in ("sampler", "guidance"):
         instantiate(config[part], _convert_="all")  # what is wrong with them is found before a large file is loaded
-    model = load_model(config["checkpoint"], buildable=config["buildable"], **files_given(config))
+    model = load_model(config["checkpoint"], buildable=config["buildable"], settled=False, **files_given(config))
     config = with_own_settings(config, model, typed, silent=not team.first)
     config = with_counts(config, choose_shape(model, config), published=is_published(model))
     sampler, guidance = (instantiate(config[part], _convert_="all") for part in ("sampler", "guidance"))
@@ -78,9 +78,9 @@ def main(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from diffusion.evaluation.command import RESULT, measure, needs_samples
+    from diffusion.pictures.verify import check_verify, verified
     from diffusion.processes import together
     from diffusion.sample_settings import with_counts, with_prompts
-    from diffusion.verify import check_verify, verified
 
     config = with_prompts(OmegaConf.to_container(cfg, resolve=True))
     check_verify(config)

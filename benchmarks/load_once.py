@@ -26,9 +26,9 @@ def resident(field: str) -> float:
 def loader(side: str, path: Path, configs: Path, dtype: torch.dtype) -> Callable[[], Any]:
     """A function that loads the file once with everything that sampling needs."""
     if side == "ours":
-        from diffusion.foreign import load_foreign
+        from diffusion.conversion.foreign import load_foreign
 
-        return partial(load_foreign, path, dtype=dtype, say=lambda line: None)
+        return partial(load_foreign, path, dtype=dtype, settled=False, say=lambda line: None)
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
@@ -49,7 +49,7 @@ def touched(load: Callable[[], Any]) -> Any:
     """Load and read a number of every page, since weights that are only mapped are not in memory yet."""
     loaded = load()
     for weight in (weight for module in modules(loaded) for weight in module.parameters()):
-        memory = torch.empty(0, dtype=weight.dtype).set_(weight.untyped_storage())  # in its own order, uncopied
+        memory = weight.as_strided((weight.numel(),), (1,), weight.storage_offset())  # in its own order, uncopied
         memory[:: 4096 // weight.element_size()].sum().item()
     return loaded
 

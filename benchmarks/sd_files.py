@@ -81,7 +81,7 @@ def single_file(folder: Path, name: str = "sd1", size: str = "full") -> Path:
         print(f"writing {path}", file=sys.stderr, flush=True)
         write_random(path, {key: tuple(value[:-1]) for key, value in golden_cases.key_list(LISTS[name]).items()})
         return path
-    from diffusion.convert import convert
+    from diffusion.conversion.convert import convert
 
     convert(sd_cases.folder(name), path, layout="compvis", dtype="float16")
     return path

@@ -19,7 +19,7 @@ import torch
 from harness import interleaved, report
 from torch import Tensor
 
-from diffusion.foreign import load_foreign
+from diffusion.conversion.foreign import load_foreign
 from diffusion.generate import generate
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.sampling import SampleNoise, Sampler

@@ -147,6 +147,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     buildable: Sequence[str] = (),
     autoencoder: str | Path | None = None,
+    settled: bool = True,
     **foreign: Any,
 ) -> LoadedModel:
     """Rebuild a denoiser, its diffusion process and what it needs beside it from one file, strictly.
@@ -155,13 +156,14 @@ def load_model(
     further settings of `load_foreign` (text_encoder, tokenizer, parameterization, weights). dtype None keeps the
     file's. `buildable` adds dotted names of your own classes (`["my_nets.TinyNet"]`) to the allow-list `BUILDABLE`; a
     config that names anything else is refused before anything is imported. `autoencoder` is the file of one that is
-    not bundled; it must have the weights that the denoiser was trained with. Raises ValueError with every key that
-    does not fit.
+    not bundled; it must have the weights that the denoiser was trained with. settled=False leaves a published file's
+    weights as they lie there, for who moves them by `settle` later. Raises ValueError with every key that does not fit.
     """
     if not is_ours(path):
-        from diffusion.foreign import load_foreign
+        from diffusion.conversion.foreign import load_foreign
 
-        return load_foreign(path, device=device, dtype=dtype, autoencoder=autoencoder, **foreign)
+        where = {"device": device, "dtype": dtype, "settled": settled}
+        return load_foreign(path, autoencoder=autoencoder, **where, **foreign)
     header = read_header(path)
     check_kind(header, "denoiser")
     if given := {name: value for name, value in foreign.items() if value not in (None, "auto")}:
@@ -251,7 +253,7 @@ def load_autoencoder(
     Its attribute `origin` is the `Part` that a denoiser's checkpoint names. Raises ValueError as `load_model`.
     """
     if not is_ours(checkpoint):
-        from diffusion.foreign import load_foreign_autoencoder
+        from diffusion.conversion.foreign import load_foreign_autoencoder
 
         return load_foreign_autoencoder(checkpoint, device=device)
     header = read_header(checkpoint)
@@ -344,12 +346,12 @@ def build_empty(node: Mapping[str, Any], allowed: frozenset[str] | set[str] = BU
         return build(node, allowed)
 
 
-def assign_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make tensors a module's own, without a copy except of those that it keeps in another order of memory.
+def assign_weights(module: nn.Module, state: Mapping[str, Tensor], *, settled: bool = True) -> None:
+    """Make tensors a module's own, without a copy except, where `settled`, of those that it keeps in another order.
 
     Those are its convolutions, in channels_last. Raises RuntimeError for names or shapes that are not the module's.
     """
-    templates = module.state_dict()
+    templates = module.state_dict() if settled else {}
     state = {key: ordered(tensor, templates[key]) if key in templates else tensor for key, tensor in state.items()}
     module.load_state_dict(state, strict=True, assign=True)
     for owner in module.modules():
@@ -361,13 +363,26 @@ def assign_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def mapped(read: Callable[[bool], Tensor], like: Tensor, *, changed: bool = False) -> Tensor:
     """A tensor of a file, by `read(own)` as of `WeightFile.read`: the mapped memory itself where that can stay.
 
-    It cannot where `like` has another order of memory or where it is `changed` otherwise. What lies at an odd address
-    is copied: the last bits of a matrix product depend on it, and a model must answer alike from whatever file.
+    It cannot where `like` has another order of memory, where it is `changed` otherwise, or at an odd address, see
+    `settle`.
     """
     if changed or not like.is_contiguous():
         return read(True)
     tensor = read(False)
     return tensor if tensor.data_ptr() % ALIGNED == 0 else read(True)
+
+
+def settle(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Move a module whose weights still lie as in a published file, and return it: one copy of each at most.
+
+    Convolutions get our networks' order of memory, channels_last. What lies at an odd address is copied: the last bits
+    of a matrix product depend on it, and a model must answer alike from whatever file.
+    """
+    module.to(device, dtype, memory_format=torch.channels_last)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNED:
+            tensor.data = tensor.data.clone()
+    return module
 
 
 def ordered(tensor: Tensor, like: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from diffusion import parameters
 from diffusion.files import atomic_write
-from diffusion.picture_text import TEXT_KEY
+from diffusion.pictures import parameters
+from diffusion.pictures.picture_text import TEXT_KEY
 
 GAP = 2  # pixels between the cells of a grid
 LINE = 14  # pixels for a line of captions

@@ -73,7 +73,7 @@ class LatentDiffusion:
         `device` and `dtype` as in sample.py; `files` are settings of `load_model`: autoencoder=FILE, text_encoder=FILE,
         parameterization="v", weights="raw". Raises ValueError for what is no model or lacks a part.
         """
-        model = load_model(path, **files)
+        model = load_model(path, settled=False, **files)
         place_ = choose_device(device)
         precision = choose_dtype(dtype, place_, published=is_published(model))
         place(model, place_, precision)

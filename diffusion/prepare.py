@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diffusion.asked import check_count, choose_asked, choose_shape, classes_of
-from diffusion.checkpoint import LoadedModel
+from diffusion.checkpoint import LoadedModel, settle
 from diffusion.devices import check_offload, choose_device, choose_dtype
 from diffusion.generate import sampler_for, whole
 from diffusion.guiding import guidance_for, say_guidance, with_classifier, with_two_scales
@@ -140,9 +140,10 @@ def place(model: LoadedModel, device: torch.device, dtype: torch.dtype, *, offlo
     """
     if dtype in (torch.bfloat16, torch.float16) and not is_published(model):
         dtype = torch.float32
+    move = settle if is_published(model) else nn.Module.to
     for module in (model.net, model.conditioner, model.autoencoder):
         if module is not None:
-            module.to(device if offload is None else "cpu", dtype)
+            move(module, device if offload is None else torch.device("cpu"), dtype)
 
 
 def _text_parts(conditioner: nn.Module | None) -> list[nn.Module]:

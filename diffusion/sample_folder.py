@@ -20,14 +20,23 @@ from diffusion.checkpoint import LoadedModel, atomic_write, git_commit, package_
 from diffusion.files import file_hash, files_hash, numbered, path_hash
 from diffusion.generate import Batch, batches, choose_device, whole
 from diffusion.images import grid, label_layout, read_text, save_npz, save_png, to_uint8
-from diffusion.parameters import written
-from diffusion.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, parameters_of, picture_texts
+from diffusion.pictures.parameters import written
+from diffusion.pictures.picture_text import (
+    FILES,
+    FROM,
+    GROUPS,
+    PICTURES,
+    SETTINGS,
+    TEXT_KEY,
+    parameters_of,
+    picture_texts,
+)
+from diffusion.pictures.verify import check_comparable, unlike
 from diffusion.prepare import is_published, prepared
 from diffusion.processes import Stopped, Team
 from diffusion.progress import WorkBar
 from diffusion.sample_parts import Parts
 from diffusion.sampling import Sampler
-from diffusion.verify import check_comparable, unlike
 
 GRID = 100  # pictures in grid.png, at most
 # What may differ between the batches of one run: the same command with another version of the code, or a moved file.

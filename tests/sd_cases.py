@@ -159,7 +159,7 @@ def folder(
 @functools.cache
 def single_file(name: str = "sd1", *, dtype: str = "keep") -> Path:
     """The same model as one file in CompVis' names, which our own `convert` writes."""
-    from diffusion.convert import convert
+    from diffusion.conversion.convert import convert
 
     path = scratch() / f"{name}-{dtype}.safetensors"
     return convert(folder(name), path, layout="compvis", dtype=dtype, say=lambda line: None)

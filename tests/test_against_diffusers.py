@@ -17,7 +17,7 @@ from sd_cases import NEGATIVE, PROMPT, SIZE
 from torch import Tensor
 
 from diffusion.checkpoint import build
-from diffusion.convert import convert
+from diffusion.conversion.convert import convert
 from diffusion.guidance import ClassifierFreeGuidance, TwoScaleGuidance
 from diffusion.images import to_uint8
 from diffusion.own_settings import own_sampler, sampler_node

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_cases import custom_graph, default_graph, node
 
-from diffusion.comfy_graph import from_graph
 from diffusion.image_tasks import tail
+from diffusion.pictures.comfy_graph import from_graph
 
 
 def read(graph):

@@ -16,14 +16,14 @@ from tiny import DIFFUSION, NET, config, facts, random_net, save_tiny
 from torch import nn
 
 from diffusion.checkpoint import build, load_model, read_header, save_model
-from diffusion.convert import convert, read_source, save_foreign
-from diffusion.layouts import PLANS, plan_compvis, plan_diffusers
+from diffusion.conversion.convert import convert, read_source, save_foreign
+from diffusion.conversion.layouts import PLANS, plan_compvis, plan_diffusers
+from diffusion.conversion.tensor_stream import Slot, write_stream
 from diffusion.model_file import Part, weights_hash
 from diffusion.models.text import TextTransformer
 from diffusion.pretrained import export_compvis, open_clip
 from diffusion.pretrained.weight_files import open_weights
 from diffusion.schedule import cosine, scaled_linear
-from diffusion.tensor_stream import Slot, write_stream
 
 
 def quiet(line: str) -> None:
@@ -436,8 +436,8 @@ def test_tensors_are_read_in_portions(tmp_path):
 
 MEASURED = """
 import sys
-from diffusion.convert import convert, read_source
-import diffusion.published, diffusion.pretrained.guided_diffusion_files
+from diffusion.conversion.convert import convert, read_source
+import diffusion.conversion.published, diffusion.pretrained.guided_diffusion_files
 def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
 before = peak()
 convert(sys.argv[1], sys.argv[2], layout=sys.argv[3], dtype=sys.argv[4], say=lambda line: None)

@@ -1,5 +1,6 @@
 """Published files as models: every layout gives the same network, parts come from elsewhere, mistakes are named."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch
 from golden_cases import assert_close
 from safetensors.torch import load_file, save_file
 
-from diffusion.checkpoint import load_autoencoder, load_model
-from diffusion.convert import convert
-from diffusion.foreign import load_foreign
+from diffusion.checkpoint import ALIGNED, load_autoencoder, load_model, settle
+from diffusion.conversion.convert import convert
+from diffusion.conversion.foreign import load_foreign
 from diffusion.model_file import is_ours, weights_hash
 from diffusion.text_conditioning import TextConditioner, XLConditioner
 
@@ -281,3 +282,21 @@ def test_decisions_are_told_one_line_each(tmp_path, capsys):
     assert told and all("\n" not in line for line in told)
     load_foreign(path)
     assert capsys.readouterr().err.splitlines() == told
+
+
+def test_weights_that_lie_as_in_the_file_settle_into_those_that_are_loaded_settled():
+    path = sd_cases.single_file("sd1")
+    settled, lying = (load_foreign(path, settled=choice, say=lambda line: None) for choice in (True, False))
+    for name in ("net", "autoencoder", "conditioner"):
+        wanted = getattr(settled, name).state_dict(keep_vars=True)
+        before = {key: tensor.stride() for key, tensor in getattr(lying, name).state_dict().items()}
+        assert name == "conditioner" or before != {key: tensor.stride() for key, tensor in wanted.items()}
+        found = settle(getattr(lying, name), "cpu").state_dict(keep_vars=True)
+        for key, tensor in wanted.items():
+            assert found[key].stride() == tensor.stride() and torch.equal(found[key], tensor)
+            assert found[key].data_ptr() % ALIGNED == 0
+
+
+def test_loading_leaves_the_collection_of_garbage_as_it_was():
+    load_foreign(sd_cases.single_file("sd1"), say=lambda line: None)
+    assert gc.isenabled()

@@ -20,12 +20,12 @@ from tiny import ROOT, run, save_tiny
 import diffusion.sample_folder
 from diffusion.cli import _compose
 from diffusion.files import file_hash
-from diffusion.from_picture import with_picture, word
 from diffusion.images import read_text, save_png
-from diffusion.parameters import parse
-from diffusion.picture_text import picture_texts
+from diffusion.pictures.from_picture import with_picture, word
+from diffusion.pictures.parameters import parse
+from diffusion.pictures.picture_text import picture_texts
+from diffusion.pictures.verify import check_comparable, difference, verified
 from diffusion.sample_settings import read_prompts, with_counts, with_prompts
-from diffusion.verify import check_comparable, difference, verified
 
 
 @pytest.fixture(scope="module")

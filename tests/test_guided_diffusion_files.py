@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from tiny import run
 from torch import Tensor, nn
 
-from diffusion import published
 from diffusion.checkpoint import build, load_classifier, load_model, read_header
 from diffusion.cli import composed
+from diffusion.conversion.published import from_published, to_published
 from diffusion.model_file import NODES, kind_of
 from diffusion.models.attention import SelfAttention
 from diffusion.models.layers import Downsample, ResidualBlock, Upsample
 from diffusion.pretrained import guided_diffusion, guided_diffusion_classifier
+from diffusion.pretrained.__main__ import main
 from diffusion.pretrained.guided_diffusion_files import FILES, Published, table
-from diffusion.published import from_published, to_published
 
 # The key lists of the reference data, and the published file that each describes.
 LISTS = {
@@ -311,22 +311,16 @@ def test_files_that_hold_no_state_dict_are_refused(small, tmp_path):
             from_published(tmp_path / name, tmp_path / "ours.safetensors", recipe="adm_imagenet256")
 
 
-def test_names_that_are_unknown_say_which_are_known(tmp_path):
-    for arguments, message in (
-        (
-            ["file=mine.pt", "out=a.safetensors"],
-            "mine.pt has none of the published names, 64x64_diffusion.pt, .*recipe=",
-        ),
-        (
-            ["file=a.pt", "out=a.safetensors", "recipe=adm_imagenet65"],
-            "did you mean adm_imagenet64.* recipes: adm_imag",
-        ),
-        (["file=a.safetensors"], "give the file to read and the file to write: out=FILE"),
-        (["file=a.pt", "out=b.pt"], "one must end in .pt, one in .safetensors"),
-        (["fil=a.pt"], "'fil=a.pt' is no setting"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            published.main(arguments)
+@pytest.mark.parametrize(
+    ("name", "recipe", "message"),
+    [
+        ("mine.pt", None, "mine.pt has none of the published names, 64x64_diffusion.pt, .*recipe="),
+        ("a.pt", "adm_imagenet65", "did you mean adm_imagenet64.* recipes: adm_imag"),
+    ],
+)
+def test_names_that_are_unknown_say_which_are_known(name, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        from_published(name, "a.safetensors", recipe=recipe)
 
 
 def test_a_network_that_guided_diffusion_cannot_compute_is_not_written(tmp_path):
@@ -339,7 +333,7 @@ def test_a_network_that_guided_diffusion_cannot_compute_is_not_written(tmp_path)
 def test_the_command_converts_by_the_files_names(small, tmp_path, capsys):
     torch.save(random_state("plain.pt"), tmp_path / "plain.pt")
     ours = tmp_path / "ours.safetensors"
-    published.main([f"file={tmp_path / 'plain.pt'}", f"out={ours}"])
+    assert main(["convert", str(tmp_path / "plain.pt"), str(ours), "--layout", "ours"]) == 0
     assert capsys.readouterr().out.strip() == str(ours)
-    published.main([f"file={ours}", f"out={tmp_path / 'back.pt'}"])
+    assert main(["convert", str(ours), str(tmp_path / "back.pt"), "--layout", "guided-diffusion"]) == 0
     assert torch.load(tmp_path / "back.pt", weights_only=True).keys() == random_state("plain.pt").keys()

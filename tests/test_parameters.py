@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.foreign_pictures import from_parameters
 from diffusion.image_tasks import tail
-from diffusion.parameters import Parameters, number_text, parse, quoted, unquoted, written
+from diffusion.pictures.foreign_pictures import from_parameters
+from diffusion.pictures.parameters import Parameters, number_text, parse, quoted, unquoted, written
 
 TYPICAL = """a (red:1.2) star, <lora:add_detail:0.8> [blue] sky,
 on two lines

@@ -337,8 +337,12 @@ def test_offloading_changes_no_picture_and_leaves_all_parts_on_the_cpu(monkeypat
     pipe, seen = pipeline(), []
     for name in ("conditioner", "net", "autoencoder"):
         part = getattr(pipe, name)
-        move = part.to
-        monkeypatch.setattr(part, "to", lambda *a, move=move, name=name: seen.append((name, *map(str, a))) or move(*a))
+
+        def moved_to(*where, move=part.to, name=name, **how):
+            seen.append((name, *map(str, where)))
+            return move(*where, **how)
+
+        monkeypatch.setattr(part, "to", moved_to)
     expected = pipe("a fox")
     seen.clear()
     assert torch.equal(pipe("a fox", offload="sequential"), expected)

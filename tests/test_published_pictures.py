@@ -12,8 +12,8 @@ from tiny import run
 
 import diffusion.sample_folder
 from diffusion.images import read_text
-from diffusion.parameters import parse
-from diffusion.picture_text import picture_texts
+from diffusion.pictures.parameters import parse
+from diffusion.pictures.picture_text import picture_texts
 
 SLOW = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion.foreign_pictures import Found, read_prompts, strength_of, unique
+from diffusion.pictures.foreign_pictures import Found, read_prompts, strength_of, unique
 
 KEY = "prompt"  # the PNG text entry that holds the graph; "workflow" beside it is its drawing
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")

@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from diffusion import comfy_graph, parameters
 from diffusion.cli import CONFIGS
 from diffusion.files import numbered
-from diffusion.foreign_pictures import Found, from_parameters, unique
-from diffusion.model_search import find_file, find_model
-from diffusion.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, picture_texts
+from diffusion.pictures import comfy_graph, parameters
+from diffusion.pictures.foreign_pictures import Found, from_parameters, unique
+from diffusion.pictures.model_search import find_file, find_model
+from diffusion.pictures.picture_text import FILES, FROM, GROUPS, PICTURES, SETTINGS, TEXT_KEY, picture_texts
 from diffusion.sampler_list import translated
 
 FEW = 16  # samples in a batch that need no word

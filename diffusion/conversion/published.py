@@ -1,23 +1,14 @@
 """Read a published file of guided-diffusion by the name of its recipe, or write one of our models as such a file.
 
-    uv run python -m diffusion.published file=256x256_diffusion.pt out=adm256.safetensors
-    uv run python -m diffusion.published recipe=adm_imagenet256 file=ema_0.9999_500000.pt out=mine.safetensors
-    uv run python -m diffusion.published file=adm256.safetensors out=256x256_diffusion.pt
-
-What it writes from a .pt file, sample.py reads as any model of ours: the recipe's network and process lie beside the
-weights. The recipe is known by the file's name if it is a published one. Nothing is unpickled but tensors, and every
-tensor must fit: what is missing, unexpected or mis-shaped is listed, all at once. The way back gives guided-diffusion's
-names and layout, for those who evaluate with its code.
+What is read from a .pt file lies beside its recipe's network and process, as any model of ours. Nothing is unpickled
+but tensors, and every tensor must fit: what is missing, unexpected or mis-shaped is listed, all at once. The way back
+gives guided-diffusion's names and layout, for those who evaluate with its code.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from diffusion.cli import composed, read_words, run_words
-
-SETTINGS = {"file": None, "out": None, "recipe": None}
+from diffusion.cli import composed
 
 
 def from_published(file: str | Path, out: str | Path, *, recipe: str | None = None) -> Path:
@@ -79,19 +70,3 @@ def to_published(file: str | Path, out: str | Path, *, recipe: str | None = None
         torch.save(state, partial)
     print(f"for guided-diffusion: --use_new_attention_order {order}", file=sys.stderr)
     return Path(out)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Convert as the `name=value` words say, by the endings of `file` and `out`."""
-    settings: dict[str, Any] = read_words(list(arguments), SETTINGS)
-    if lacking := [name for name in ("file", "out") if settings[name] is None]:
-        raise ValueError(f"give the file to read and the file to write: {' '.join(f'{name}=FILE' for name in lacking)}")
-    ends = tuple(Path(settings[name]).suffix for name in ("file", "out"))
-    ways = {(".pt", ".safetensors"): from_published, (".safetensors", ".pt"): to_published}
-    if ends not in ways:
-        raise ValueError(f"file={settings['file']} out={settings['out']}: one must end in .pt, one in .safetensors")
-    print(ways[ends](settings["file"], settings["out"], recipe=settings["recipe"]))
-
-
-if __name__ == "__main__":
-    run_words(main, __doc__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.conditioning import ClassConditioner
-from diffusion.diffusers_folder import pipeline_json, scheduler_json, text_json
+from diffusion.conversion.diffusers_folder import pipeline_json, scheduler_json, text_json
 from diffusion.models.text import TextTransformer
 from diffusion.pretrained import export_compvis, export_diffusers, ldm_text, open_clip, transformers
 from diffusion.pretrained.keymap import KeyMap, Rule, without_memory

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import LoadedModel, build, build_empty, read_header
-from diffusion.diffusers_folder import write_json, write_tokenizer
+from diffusion.conversion.diffusers_folder import write_json, write_tokenizer
+from diffusion.conversion.foreign import check_keys, linear_projections, read_ours
+from diffusion.conversion.layouts import PLANS, Content, Plan, plan_compvis
+from diffusion.conversion.tensor_stream import Slot, write_stream
 from diffusion.files import exists
-from diffusion.foreign import check_keys, linear_projections, read_ours
-from diffusion.layouts import PLANS, Content, Plan, plan_compvis
 from diffusion.model_file import CARRIED, clean, is_ours, kind_of, model_metadata, tensors_hash
 from diffusion.pretrained.keymap import CONV1D, CONV2D, SAME, Rule, Transform
 from diffusion.pretrained.recognise import Place, Recognised, recognise
 from diffusion.pretrained.weight_files import WeightFile, open_weights
-from diffusion.tensor_stream import Slot, write_stream
 
 LAYOUTS = (*PLANS, "guided-diffusion")
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -145,8 +145,8 @@ def _check(source: str | Path | None, out: str | Path, layout: str, dtype: str) 
 
 def _by_recipe(source: str | Path, out: str | Path, layout: str, dtype: str, recipe: str | None) -> Path | None:
     """guided-diffusion's files by their recipes, where layout or names ask for that."""
+    from diffusion.conversion.published import from_published, to_published
     from diffusion.pretrained.guided_diffusion_files import FILES
-    from diffusion.published import from_published, to_published
 
     name = Path(source).name
     if layout == "guided-diffusion" or (

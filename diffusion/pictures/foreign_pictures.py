@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusion.parameters import Parameters
+from diffusion.pictures.parameters import Parameters
 from diffusion.sampler_list import OWN_SCHEDULE
 
 # A1111's field -> our setting and its type. "Denoising strength" belongs to another pass where there is an upscaler.

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion import parameters
-from diffusion.parameters import SHORT_HASH, Parameters, number_text
+from diffusion.pictures import parameters
+from diffusion.pictures.parameters import SHORT_HASH, Parameters, number_text
 from diffusion.sampler_list import a1111_name
 
 TEXT_KEY = "diffusion"  # the PNG text entry that holds the JSON of how an image was made

@@ -6,9 +6,10 @@
 import contextlib
 import copy
 import ctypes
+import gc
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,19 @@ USES = {  # what a file of each kind is given as, where a whole model is asked f
 GIVEN_BY = {"autoencoder": "vae=FILE", "conditioner": "text_encoder=FILE"}
 
 
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """Within this, Python looks for no garbage: a third of the time when thousands of modules and tensors are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@collecting_later()
 def load_foreign(
     path: str | Path,
     *,
@@ -45,15 +59,17 @@ def load_foreign(
     tokenizer: str | Path | None = None,
     parameterization: str | None = None,
     weights: str = "auto",
+    settled: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """A published denoiser with its autoencoder and text encoders, in eval mode, from a single file or a folder.
 
     dtype None keeps the file's. autoencoder, text_encoder (several for several encoders, in the model's order) and
     tokenizer are files for parts that the file lacks, or to be used instead of its own; parameterization overrides
-    what the file seems to predict; weights is "ema", "raw" or "auto". `say` gets every decision made for the user, a
-    line each; None prints them on stderr. Raises ValueError for what is no model, for missing parts with how to give
-    them, and for keys that do not fit, all at once.
+    what the file seems to predict; weights is "ema", "raw" or "auto". settled=False copies nothing: the weights stay
+    the file's mapped memory until `checkpoint.settle` gives them the order that our networks compute in. `say` gets
+    every decision made for the user, a line each; None prints them on stderr. Raises ValueError for what is no model,
+    for missing parts with how to give them, and for keys that do not fit, all at once.
     """
     found = recognise(path, weights=weights)
     check_is_model(found)
@@ -67,8 +83,11 @@ def load_foreign(
     if text_encoder is not None:
         found = with_text_encoders(found, text_encoder)
     modules = {name: node for name, node in found.config.items() if name in ("net", "autoencoder", "conditioner")}
-    built = {name: build_empty(node) for name, node in modules.items() if node and name not in parts}
-    fill(built, found.places, device=device, dtype=dtype)
+    templates = {place.part: place.table.template for place in found.places}  # nobody else's: `found` is new
+    built = {
+        name: templates.get(name) or build_empty(node) for name, node in modules.items() if node and name not in parts
+    }
+    fill(built, found.places, device=device, dtype=dtype, settled=settled)
     for part in parts.values():
         part.module.to(device, dtype)
     diffusion = build(found.config["diffusion"])
@@ -237,11 +256,17 @@ def _given_autoencoder(path: str | Path, found: Recognised) -> Part:
 
 
 def fill(
-    modules: Mapping[str, nn.Module], places: Sequence[Place], *, device: torch.device | str, dtype: torch.dtype | None
+    modules: Mapping[str, nn.Module],
+    places: Sequence[Place],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    settled: bool = True,
 ) -> None:
     """Give every tensor of modules on the meta device its weight from where `places` says.
 
-    What needs no change stays the file's mapped memory until it is written to.
+    What needs no change stays the file's mapped memory until it is written to; order and address are no reason to
+    change it unless `settled`.
     """
     copied = 0
     for place in places:
@@ -254,11 +279,14 @@ def fill(
                 kinds = {_type(place.file[place.prefix + name].dtype, dtype) for name in rule.foreign}
                 changed = rule.transform is not SAME or kinds != {place.file[place.prefix + rule.foreign[0]].dtype}
                 like, read = templates[rule.ours], partial(read_ours, place, rule)
+                if not settled and not changed:
+                    state[rule.ours] = read().to(device)
+                    continue
                 tensor = mapped(lambda own, read=read: read(own=own), like, changed=changed)
                 state[rule.ours] = ordered(tensor.to(device, _type(tensor.dtype, dtype)), like)
                 if (copied := copied + tensor.nbytes) > TRIM:
                     copied = trim_memory()
-            assign_weights(module, state)
+            assign_weights(module, state, settled=settled)
     for name, module in modules.items():
         if not module.state_dict():
             assign_weights(module, {})  # a conditioner without weights has a place all the same
