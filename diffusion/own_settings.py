@@ -1,12 +1,13 @@
 """Which sampler and which guidance scale does a published model bring along, where the user names none?"""
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion.checkpoint import LoadedModel
 from diffusion.cli import composed
-from diffusion.sampler_list import of_scheduler
+from diffusion.sampler_list import not_followed, of_scheduler
 
 
 def with_own_settings(
@@ -23,6 +24,8 @@ def with_own_settings(
         own = own_sampler(model.facts)
         found["sampler"] = sampler_node(*own, *(word for word in typed if word.startswith("sampler.")))
         told += [f"sampler={own[0]}", *own[1:]]
+        if (lost := not_followed(model.facts.get("scheduler") or {})) and not silent:
+            warnings.warn(f"of its scheduler_config.json {', '.join(lost)} is not followed exactly", stacklevel=2)
     scale = model.facts.get("guidance_scale")
     if scale is not None and not {"guidance", "guidance.guidance_scale"} & said:
         found["guidance"] = {**config["guidance"], "guidance_scale": float(scale)}

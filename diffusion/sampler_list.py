@@ -203,6 +203,16 @@ def of_scheduler(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None
     return SCHEDULERS[kind], {**changes, "solver": "pndm", "kind": None}  # with the Runge-Kutta steps first
 
 
+def not_followed(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a scheduler_config.json that `of_scheduler` has nothing for, as `name=value`.
+
+    lower_order_final, which changes runs of less than 15 steps, and sample_max_value are not among them.
+    """
+    usual = {"use_lu_lambdas": (False,), "use_flow_sigmas": (False,), "euler_at_final": (False,)}
+    usual |= {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"), "use_beta_sigmas": (False,)}
+    return [f"{name}={config[name]}" for name, known in usual.items() if config.get(name) not in (None, *known)]
+
+
 def _scheduler_grid(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     spacing = config.get("timestep_spacing", "leading" if kind in ("DDIM", "DDPM", "PNDM") else "linspace")
     bent = [name for name in ("karras", "exponential", "beta") if config.get(f"use_{name}_sigmas")]

@@ -6,17 +6,17 @@ scaled so that the pictures are neither flat nor saturated and hang on the promp
 
 import atexit
 import functools
-import gzip
 import json
 import shutil
 import tempfile
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusion.tokenizer import clip_vocabulary
 
 SIZE = 64  # of the pictures, in pixels; the autoencoders reduce by 8 as the real ones do
 PROMPT = "a photograph of an astronaut riding a horse, 4k"
@@ -149,10 +149,10 @@ def folder(
     shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     built(name).to(getattr(torch, dtype)).save_pretrained(path, variant=variant, **shards)
     (path / "scheduler/scheduler_config.json").write_text(json.dumps(KINDS[name].scheduler, indent=2))
-    vocab, merges = vocabulary()
+    vocab, merges = clip_vocabulary()
     for place in path.glob("tokenizer*"):  # as published folders hold it; transformers 5 writes tokenizer.json alone
         (place / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-        (place / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+        (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return path
 
 
@@ -273,26 +273,14 @@ def text_encoder(config: dict[str, Any], *, seed: int = 0) -> nn.Module:
     return scaled(kind(CLIPTextConfig(**settings, **config, **ids)), seed=10 + seed)
 
 
-@functools.cache
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary and merges as transformers holds them, from the file that open_clip carries."""
-    package = Path(find_spec("open_clip").submodule_search_locations[0])
-    text = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split()) for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]]
-    # GPT-2's bytes: the printable ones first, then the others, which are written with the letters from 256 on.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    words = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    return {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
-
-
 def tokenizer(pad: str) -> Any:
     """transformers' CLIP tokenizer that fills up with this token."""
     from transformers import CLIPTokenizer
 
-    vocab, merges = vocabulary()
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
+    vocab, merges = clip_vocabulary()
+    return CLIPTokenizer(
+        vocab=vocab, merges=[tuple(merge.split()) for merge in merges], pad_token=pad, model_max_length=77
+    )
 
 
 @torch.no_grad()

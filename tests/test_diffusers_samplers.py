@@ -1,6 +1,7 @@
 """The configs named after diffusers' schedulers walk as those do with Stable Diffusion's scheduler_config.json."""
 
 import inspect
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -9,8 +10,9 @@ from test_configs import built
 from test_sampler_list import KNOWN, values
 
 from diffusion.denoiser import denoiser
+from diffusion.own_settings import with_own_settings
 from diffusion.process import GaussianDiffusion
-from diffusion.sampler_list import of_scheduler
+from diffusion.sampler_list import not_followed, of_scheduler
 from diffusion.schedule import scaled_linear
 
 STEPS = 20
@@ -122,3 +124,12 @@ def test_a_config_of_diffusers_name_ends_where_diffusers_does(name, prediction):
 
 def test_every_config_of_diffusers_name_is_held_to_its_class():
     assert {name for name in KNOWN if name.startswith("diffusers_")} == set(CLASSES)
+
+
+def test_what_is_not_followed_of_a_scheduler_config_is_said():
+    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver", "use_lu_lambdas": True}
+    assert not_followed(config) == ["use_lu_lambdas=True", "algorithm_type=dpmsolver"]
+    assert not_followed({"_class_name": "DDIMScheduler", "use_lu_lambdas": False, "algorithm_type": None}) == []
+    facts = {"sampler": "diffusers_dpmpp_2m", "scheduler": config}
+    with pytest.warns(UserWarning, match="use_lu_lambdas=True, algorithm_type=dpmsolver is not followed exactly"):
+        with_own_settings({"guidance": {}}, SimpleNamespace(facts=facts), ())

@@ -284,9 +284,10 @@ def test_decisions_are_told_one_line_each(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == told
 
 
-def test_weights_that_lie_as_in_the_file_settle_into_those_that_are_loaded_settled():
-    path = sd_cases.single_file("sd1")
-    settled, lying = (load_foreign(path, settled=choice, say=lambda line: None) for choice in (True, False))
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_lie_as_in_the_file_settle_into_those_that_are_loaded_settled(dtype):
+    path, how = sd_cases.single_file("sd1"), {"dtype": dtype, "say": lambda line: None}
+    settled, lying = (load_foreign(path, settled=choice, **how) for choice in (True, False))
     for name in ("net", "autoencoder", "conditioner"):
         wanted = getattr(settled, name).state_dict(keep_vars=True)
         before = {key: tensor.stride() for key, tensor in getattr(lying, name).state_dict().items()}

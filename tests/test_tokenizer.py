@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES
-from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer, WordPieceTokenizer, _encoded
+from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer, WordPieceTokenizer, _encoded, clip_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares"]
 
@@ -194,3 +194,13 @@ def test_a_vocabulary_that_is_none_is_refused(tmp_path, vocabulary):
     assert tokenizer(["cat"])[0, 1] == words.index("cat")
     with pytest.raises(ValueError, match="max_length=2 leaves no room"):
         WordPieceTokenizer(2)
+
+
+def test_the_vocabulary_that_is_written_is_the_one_that_open_clip_reads_with():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    ids, merges = clip_vocabulary()
+    clip = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    assert ids == {special.get(word, word): number for word, number in clip.encoder.items()}
+    assert merges == [" ".join(pair) for pair in clip.bpe_ranks]

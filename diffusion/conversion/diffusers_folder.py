@@ -15,7 +15,7 @@ from diffusion.pretrained import transformers
 from diffusion.pretrained.compare import check_same
 from diffusion.process import GaussianDiffusion
 from diffusion.schedule import linear, scaled_linear
-from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer, vocabulary
+from diffusion.tokenizer import VOCAB_SIZE, ClipTokenizer, clip_vocabulary
 
 VERSION = "0.30.0"  # of diffusers, whose settings these are
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -154,7 +154,7 @@ def write_tokenizer(folder: Path, tokenizer: ClipTokenizer) -> None:
         raise ValueError(
             f"transformers has no tokenizer with CLIP's words folded into {tokenizer.num_words + 2}, as this model's"
         )
-    ids, merges = vocabulary()
+    ids, merges = clip_vocabulary()
     start, end = "<|startoftext|>", "<|endoftext|>"
     pad = end if tokenizer.padding == tokenizer.end else next(word for word, i in ids.items() if i == tokenizer.padding)
     folder.mkdir(parents=True, exist_ok=True)

@@ -279,8 +279,8 @@ def fill(
                 kinds = {_type(place.file[place.prefix + name].dtype, dtype) for name in rule.foreign}
                 changed = rule.transform is not SAME or kinds != {place.file[place.prefix + rule.foreign[0]].dtype}
                 like, read = templates[rule.ours], partial(read_ours, place, rule)
-                if not settled and not changed:
-                    state[rule.ours] = read().to(device)
+                if not settled and rule.transform is SAME:
+                    state[rule.ours] = (tensor := read()).to(device, _type(tensor.dtype, dtype))
                     continue
                 tensor = mapped(lambda own, read=read: read(own=own), like, changed=changed)
                 state[rule.ours] = ordered(tensor.to(device, _type(tensor.dtype, dtype)), like)
