@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.files import atomic_write, exists
+from diffusion.pretrained.weight_files import WeightFile, is_safetensors, open_safetensors, what_else
 
 FORMAT = "diffusion-model"
 FORMAT_VERSION = 1
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")  # endings of files that torch.save wrote
 FOLDERS = ("model_index.json", "config.json", "unet", "vae")  # what tells a folder of diffusers or transformers
 CARRIED = "carried."  # begins the names of tensors that a published file had and no network of ours has
-LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 # What a file may hold, and the config nodes that rebuild it. A denoiser's config may have the others' nodes, too.
 NODES = {
     "denoiser": ("net", "diffusion"),
@@ -227,13 +227,13 @@ def git_commit() -> str:
 def read_header(path: str | Path) -> Header:
     """Read what the file says about itself, not its weights. Raises FileNotFoundError or ValueError, each clear."""
     path = Path(path)
-    raw = _raw_header(path)
-    metadata = raw.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        names = ", ".join(sorted(raw)[:2])
+    file = _opened(path)
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
+        names = ", ".join(sorted(file)[:2])
         raise ValueError(
             f"{path} is a safetensors file, but not one of ours: its header has no config to rebuild the model from "
-            f"({len(raw)} tensors, such as {names}). Use the model.safetensors that train.py writes"
+            f"({len(file)} tensors, such as {names}). Use the model.safetensors that train.py writes"
         )
     if metadata.get("format_version") != str(FORMAT_VERSION):
         raise ValueError(
@@ -251,7 +251,7 @@ def read_header(path: str | Path) -> Header:
             git_commit=metadata["git_commit"],
             torch_version=metadata["torch_version"],
             parts=json.loads(metadata.get("parts", "{}")),
-            shapes={name: tuple(entry["shape"]) for name, entry in raw.items()},
+            shapes=file.shapes,
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r}); take another copy of the file") from error
@@ -274,49 +274,27 @@ def is_ours(path: str | Path) -> bool:
     if path.suffix in PICKLED:
         return not exists(path)
     try:
-        metadata = _raw_header(path).get("__metadata__")
+        return _opened(path).metadata.get("format") == FORMAT
     except (ValueError, OSError):
         return True
-    return isinstance(metadata, dict) and metadata.get("format") == FORMAT
 
 
-def _raw_header(path: Path) -> dict[str, Any]:
-    """Return the safetensors header as JSON, after checking that the bytes it promises are there."""
+def _opened(path: Path) -> WeightFile:
+    """The safetensors file at a path, with its header checked. Raises FileNotFoundError or ValueError."""
     if path.is_dir():
         inside = path / "model.safetensors"
         hint = f"name the file: {inside}" if inside.is_file() else "name the model.safetensors file inside a run folder"
         raise ValueError(f"{path} is a folder; {hint}")
     if not exists(path):
         raise FileNotFoundError(f"there is no file {path}{_neighbours(path)}")
-    size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(256)
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or start[8:9] != b"{":
-            raise ValueError(f"{path} is not a safetensors file: {_looks_like(start, size)}")
-        if length > LONGEST_HEADER or 8 + length > size:
-            raise ValueError(
-                f"{path} is truncated or damaged: its header claims {length} bytes, the file has {size}; copy it again"
-            )
-        file.seek(8)
-        text = file.read(length)
-    try:
-        raw = json.loads(text)
-        end = max((entry["data_offsets"][1] for name, entry in raw.items() if name != "__metadata__"), default=0)
-        promised = 8 + length + int(end)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"the header of {path} is damaged ({type(error).__name__}); take another copy of the file"
-        ) from error
-    if promised != size:
-        what = "truncated" if promised > size else "longer than its header says"
-        raise ValueError(f"{path} is {what}: it should have {promised} bytes and has {size}; copy it again")
-    return raw
+    if not is_safetensors(start):
+        raise ValueError(f"{path} is not a safetensors file: {_looks_like(start, path.stat().st_size)}")
+    return open_safetensors(path)
 
 
 def _looks_like(start: bytes, size: int) -> str:
-    if size == 0:
-        return "it is empty; a download or copy did not finish"
     if start.startswith(b"PK\x03\x04"):
         return (
             "it looks like a file of torch.save (a zip of pickles, such as checkpoints/last.ckpt), which could run "
@@ -324,13 +302,7 @@ def _looks_like(start: bytes, size: int) -> str:
         )
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
         return "it looks like a pickle, which could run code and is never unpickled here. Use a model.safetensors file"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself; run `git lfs pull`"
-    if start.lstrip()[:1] == b"<":
-        return "it looks like a web page, so a download was answered by an error page; download it again"
-    if size < 8:
-        return f"it has only {size} bytes; a download or copy did not finish"
-    return "its first bytes are no header. Use a model.safetensors of train.py"
+    return what_else(start, size) or "its first bytes are no header. Use a model.safetensors of train.py"
 
 
 def _neighbours(path: Path) -> str:

@@ -241,7 +241,7 @@ def _given_autoencoder(path: str | Path, found: Recognised) -> Part:
             f"trained on {theirs}"
         )
     for key in ("scale_factor", "shift"):
-        if key in own and own[key] != node.get(key):
+        if key in own and (own[key] or 0.0) != (node.get(key) or 0.0):
             warnings.warn(
                 f"vae={path} says {key}={node.get(key)}; {own[key]} is used, which {found.title} was trained with",
                 stacklevel=3,

@@ -126,8 +126,8 @@ def open_weights(path: str | Path, *, variant: str | None = None) -> WeightFile:
         return _open_shards(path)
     with open(path, "rb") as file:
         start = file.read(512)
-    if _is_safetensors(start):
-        return _open_safetensors(path)
+    if is_safetensors(start):
+        return open_safetensors(path)
     if path.suffix in PICKLES and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
         from diffusion.pretrained.torch_files import read_torch_file
 
@@ -137,26 +137,32 @@ def open_weights(path: str | Path, *, variant: str | None = None) -> WeightFile:
     raise ValueError(f"{path} is no file of weights: {_looks_like(start, path)}")
 
 
-def _is_safetensors(start: bytes) -> bool:
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40
+def is_safetensors(start: bytes) -> bool:
+    """Whether the first bytes of a file, at least nine, begin a header of safetensors."""
+    return start[8:9] == b"{"
 
 
 def _looks_like(start: bytes, path: Path) -> str:
-    size = path.stat().st_size
-    if size == 0:
-        return "it is empty; a download or copy did not finish"
     if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
         return (
             f"it is a pickle under the name of a {path.suffix or 'nameless'} file, which is never what it should be; "
             "take another copy. A file of torch.save ends in .ckpt, .pt, .pth or .bin"
         )
+    other = "its first bytes are no header of safetensors and none of torch.save; take another copy"
+    return what_else(start, path.stat().st_size) or other
+
+
+def what_else(start: bytes, size: int) -> str | None:
+    """What a file that holds no weights is, by its first bytes and its size, and what to do; None: unknown."""
+    if size == 0:
+        return "it is empty; a download or copy did not finish"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull`"
     if start.lstrip()[:1] == b"<":
         return "it looks like a web page, so a download was answered by an error page; download it again"
     if size < 8:
         return f"it has only {size} bytes; a download or copy did not finish"
-    return "its first bytes are no header of safetensors and none of torch.save; take another copy"
+    return None
 
 
 def _neighbours(path: Path) -> str:
@@ -169,7 +175,8 @@ def _neighbours(path: Path) -> str:
 # safetensors
 
 
-def _open_safetensors(path: Path) -> WeightFile:
+def open_safetensors(path: Path) -> WeightFile:
+    """Open a file whose first bytes are a header of safetensors; ValueError for what is damaged."""
     size = path.stat().st_size
     header, start = _header(path, size)
     metadata = header.pop("__metadata__", None) or {}
