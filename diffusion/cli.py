@@ -3,6 +3,7 @@
 Wraps Hydra for the entry scripts. Nothing here imports torch, so `--help` and `--cfg job` answer at once.
 """
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -59,7 +60,8 @@ def command(
                 return
             _refuse_unknown_flags(arguments)
             if group := next((name for name in LISTS if f"{name}=" in arguments), None):
-                print(list_of(group))
+                with contextlib.suppress(BrokenPipeError):
+                    print(list_of(group), flush=True)
                 return
             try:
                 words = expand(arguments)

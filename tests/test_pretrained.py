@@ -212,6 +212,7 @@ LDM = {
         (compvis, {"num_heads": -1}, "num_heads or num_head_channels"),
         (compvis, {"use_spatial_transformer": False}, "context_dim"),
         (compvis, {"use_video": True}, "use_video"),
+        (compvis, {"channel_mult": [1, 1.5]}, r"channel_mult=\[1, 1.5\]: its entries must be whole"),
         (guided_diffusion, {"dims": 1}, "dims"),
         (guided_diffusion, {"context_dim": 4}, "context_dim"),
     ],

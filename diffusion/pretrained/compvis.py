@@ -39,6 +39,10 @@ def _read(config: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"ldm's UNetModel cannot run with channel_mult={read['channel_mult']}: its first entry must be 1"
         )
+    if any(mult != int(mult) for mult in read["channel_mult"]):
+        raise ValueError(
+            f"ldm's UNetModel cannot run with channel_mult={read['channel_mult']}: its entries must be whole numbers"
+        )
     return read
 
 
