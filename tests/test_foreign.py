@@ -10,10 +10,11 @@ import torch
 from golden_cases import assert_close
 from safetensors.torch import load_file, save_file
 
-from diffusion.checkpoint import ALIGNED, load_autoencoder, load_model, settle
+from diffusion.checkpoint import ALIGNED, build_empty, load_autoencoder, load_model, settle
 from diffusion.conversion.convert import convert
 from diffusion.conversion.foreign import load_foreign
 from diffusion.model_file import is_ours, weights_hash
+from diffusion.pretrained.compare import differences
 from diffusion.text_conditioning import TextConditioner, XLConditioner
 
 
@@ -301,3 +302,11 @@ def test_weights_that_lie_as_in_the_file_settle_into_those_that_are_loaded_settl
 def test_loading_leaves_the_collection_of_garbage_as_it_was():
     load_foreign(sd_cases.single_file("sd1"), say=lambda line: None)
     assert gc.isenabled()
+
+
+def test_every_setting_of_the_modules_is_that_of_their_config(tmp_path):
+    """What the names and shapes of a file do not tell, as the scale of latents, is the family's."""
+    model = load_foreign(without("diffusion.", tmp_path / "plain.safetensors", "sd1"), say=lambda line: None)
+    assert model.autoencoder.scale_factor == model.config["autoencoder"]["scale_factor"] == 0.18215
+    for name in ("net", "autoencoder"):
+        assert not differences(getattr(model, name), build_empty(model.config[name]))

@@ -83,10 +83,7 @@ def load_foreign(
     if text_encoder is not None:
         found = with_text_encoders(found, text_encoder)
     modules = {name: node for name, node in found.config.items() if name in ("net", "autoencoder", "conditioner")}
-    templates = {place.part: place.table.template for place in found.places}  # nobody else's: `found` is new
-    built = {
-        name: templates.get(name) or build_empty(node) for name, node in modules.items() if node and name not in parts
-    }
+    built = {name: build_empty(node) for name, node in modules.items() if node and name not in parts}
     fill(built, found.places, device=device, dtype=dtype, settled=settled)
     for part in parts.values():
         part.module.to(device, dtype)

@@ -61,7 +61,7 @@ class KeyMap:
     """
 
     def __init__(self, template: nn.Module, rules: Iterable[Rule]) -> None:
-        self.template, self.rules = template, tuple(rules)
+        self.rules = tuple(rules)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in template.state_dict().items()}
         ours = [rule.ours for rule in self.rules]
         foreign = [name for rule in self.rules for name in rule.foreign]
