@@ -12,7 +12,7 @@ from diffusion.pretrained import diffusers, diffusers_autoencoder, families, ldm
 from diffusion.pretrained.diffusers_shapes import CODER, autoencoder_arguments, unet_arguments
 from diffusion.pretrained.families import BY_CHANNELS, FAMILIES, KNOWN_CHANNELS, Family
 from diffusion.pretrained.keymap import KeyMap
-from diffusion.pretrained.places import Place, Recognised, compared, table_in_names, template
+from diffusion.pretrained.places import Place, Recognised, compared, part_alone, table_in_names, template
 from diffusion.pretrained.prediction import assumed_scale
 from diffusion.pretrained.scheduler_config import SAMPLERS, read_scheduler
 from diffusion.pretrained.text_places import encoder_settings, text_parts, text_place, towers_of
@@ -348,18 +348,7 @@ def _autoencoder_alone(path: Path) -> Recognised:
 def autoencoder_alone(path: Path, file: WeightFile, arguments: Mapping[str, Any], notes: list[str]) -> Recognised:
     """An autoencoder in diffusers' names, with its config."""
     node, place = autoencoder_part(path, file, arguments)
-    found = Recognised(
-        path=path,
-        layout="diffusers",
-        kind="autoencoder",
-        family="vae",
-        title="an autoencoder in diffusers' names",
-        config={"autoencoder": node},
-        places=(place,),
-        notes=tuple(notes),
-        files=(file,),
-    )
-    return compared(found)
+    return part_alone(path, "diffusers", "an autoencoder in diffusers' names", node, place, notes)
 
 
 def _text_alone(path: Path) -> Recognised:
@@ -369,18 +358,8 @@ def _text_alone(path: Path) -> Recognised:
     node = (
         families.sd1_text(encoder) if encoder["activation"] == "quick_gelu" else families.sd2_text(encoder, whole=False)
     )
-    found = Recognised(
-        path=path,
-        layout="diffusers",
-        kind="text",
-        family="clip",
-        title="a CLIP text encoder in transformers' names",
-        config={"conditioner": node},
-        places=(text_place("conditioner.encoder", file, _tower(file), encoder),),
-        notes=tuple(notes),
-        files=(file,),
-    )
-    return compared(found)
+    place = text_place("conditioner.encoder", file, _tower(file), encoder)
+    return part_alone(path, "diffusers", "a CLIP text encoder in transformers' names", node, place, notes)
 
 
 def recognise_network(file: WeightFile) -> Recognised:
@@ -402,9 +381,5 @@ def recognise_network(file: WeightFile) -> Recognised:
     if not coder:
         return _assembled(Folders(file.path), file, arguments, notes)
     if "scaling_factor" not in arguments:
-        scale = assumed_scale(file)
-        notes.append(
-            f"the file does not tell the scale of its latents; {scale} is assumed (beside a model, the model's)"
-        )
-        arguments = {**arguments, "scaling_factor": scale}
+        arguments = {**arguments, "scaling_factor": assumed_scale(file, notes)}
     return autoencoder_alone(file.path, file, arguments, notes)

@@ -118,6 +118,17 @@ def compared(found: Recognised) -> Recognised:
     )
 
 
+ALONE = {"autoencoder": ("autoencoder", "vae"), "conditioner": ("text", "clip")}  # kind and family of a part alone
+
+
+def part_alone(path: Path, layout: str, title: str, node: dict[str, Any], place: Place, notes: list[str]) -> Recognised:
+    """What holds an autoencoder or a text encoder and no denoiser; `node` is our config of what `place` is part of."""
+    name = place.part.partition(".")[0]
+    kind, family = ALONE[name]
+    found = Recognised(path=path, layout=layout, kind=kind, family=family, title=title, config={name: node})
+    return compared(replace(found, places=(place,), notes=tuple(notes), files=(place.file,)))
+
+
 def table_in_names(template: nn.Module, rules: Iterable[Rule], names: Mapping[str, str]) -> KeyMap:
     """The two-way table with foreign names replaced by those of `names`; others stay."""
     replaced = (Rule(r.ours, tuple(names.get(name, name) for name in r.foreign), r.transform) for r in rules)

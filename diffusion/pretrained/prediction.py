@@ -74,9 +74,11 @@ def schedule_node(betas: torch.Tensor) -> dict[str, Any]:
     return {"_target_": "diffusion.schedule.Schedule", "betas": betas.tolist()}
 
 
-def assumed_scale(file: WeightFile) -> float:
+def assumed_scale(file: WeightFile, notes: list[str]) -> float:
     """The scale of an autoencoder's latents where only its name or header hints at the model that it belongs to."""
-    if any(name.endswith("quantize.embedding.weight") for name in file):
-        return 1.0
     hints = f"{file.path.name} {file.metadata.get('modelspec.architecture', '')}".lower()
-    return families.FAMILIES["sdxl-base" if "xl" in hints else "sd1"].scale_factor
+    scale = families.FAMILIES["sdxl-base" if "xl" in hints else "sd1"].scale_factor
+    if any(name.endswith("quantize.embedding.weight") for name in file):
+        scale = 1.0
+    notes.append(f"the file does not tell the scale of its latents; {scale} is assumed (beside a model, the model's)")
+    return scale

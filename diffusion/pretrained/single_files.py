@@ -24,7 +24,16 @@ from diffusion.pretrained.folders import recognise_network
 from diffusion.pretrained.keymap import KeyMap, Rule, Transform
 from diffusion.pretrained.nearest import describe_unknown
 from diffusion.pretrained.other_files import recognise_other
-from diffusion.pretrained.places import AVERAGED, Place, Recognised, Shapes, compared, table_in_names, template
+from diffusion.pretrained.places import (
+    AVERAGED,
+    Place,
+    Recognised,
+    Shapes,
+    compared,
+    part_alone,
+    table_in_names,
+    template,
+)
 from diffusion.pretrained.prediction import assumed_scale, read_parameterization, read_schedule
 from diffusion.pretrained.text_files import Tower
 from diffusion.pretrained.text_places import encoder_settings, text_conditioner, text_parts, text_place, towers_of
@@ -343,21 +352,9 @@ def _class_conditioner(
 
 
 def _autoencoder(file: WeightFile, prefix: str) -> Recognised:
-    scale, notes = assumed_scale(file), []
-    notes.append(f"the file does not tell the scale of its latents; {scale} is assumed (beside a model, the model's)")
-    node, place = autoencoder_part(file, prefix, scale)
-    found = Recognised(
-        path=file.path,
-        layout="compvis",
-        kind="autoencoder",
-        family="vae",
-        title="an autoencoder in CompVis' names",
-        config={"autoencoder": node},
-        places=(place,),
-        notes=tuple(notes),
-        files=(file,),
-    )
-    return compared(found)
+    notes: list[str] = []
+    node, place = autoencoder_part(file, prefix, assumed_scale(file, notes))
+    return part_alone(file.path, "compvis", "an autoencoder in CompVis' names", node, place, notes)
 
 
 def _text(file: WeightFile, towers: list[Tower]) -> Recognised:
@@ -366,14 +363,5 @@ def _text(file: WeightFile, towers: list[Tower]) -> Recognised:
     tower = towers[0]
     encoder = encoder_settings(tower)
     node = families.sd2_text(encoder) if tower.layout == "open_clip" else families.sd1_text(encoder)
-    found = Recognised(
-        path=file.path,
-        layout=tower.layout,
-        kind="text",
-        family="clip",
-        title=f"a CLIP text encoder in {tower}",
-        config={"conditioner": node},
-        places=(text_place("conditioner.encoder", file, tower, encoder),),
-        files=(file,),
-    )
-    return compared(found)
+    place = text_place("conditioner.encoder", file, tower, encoder)
+    return part_alone(file.path, tower.layout, f"a CLIP text encoder in {tower}", node, place, [])
