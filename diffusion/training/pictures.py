@@ -1,5 +1,6 @@
 """When are pictures drawn during training, and where do they go?"""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from diffusion.images import save_png
 
 
-class Pictures(Callback):
+class Pictures(Callback, ABC):
     """Call `draw` every `every_n_steps` optimizer steps and at the last one, on the first process only.
 
     `numbers` are the settings that must be at least 1, for the error; `name` is the callback's in the config.
@@ -37,9 +38,9 @@ class Pictures(Callback):
         if (step % self.every_n_steps == 0 or step == trainer.max_steps) and trainer.is_global_zero:
             self.draw(trainer, pl_module)
 
+    @abstractmethod
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw and `show` what the model makes of its weights now."""
-        raise NotImplementedError
 
 
 def show(trainer: Trainer, name: str, picture: Image.Image) -> None:

@@ -3,6 +3,7 @@
 Everything drawn has its own generator and the network is only read, so the training's numbers do not change.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -85,9 +86,9 @@ class Drawing(Pictures):
         finally:
             task.model.train(training)
 
+    @abstractmethod
     def draw_at_rest(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw and keep samples while the model is in evaluation mode."""
-        raise NotImplementedError
 
     def weights(self, trainer: Trainer, task: LightningModule) -> Iterator[tuple[str, AbstractContextManager]]:
         """Yield a name and a context for the raw weights and, where there is one, for the first average."""
