@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,8 +20,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from diffusion.checkpoint import atomic_write, save_model
-from diffusion.training.ema import EMA
+from diffusion.checkpoint import atomic_write
+from diffusion.training.export import export_model
 from diffusion.training.guard import NonFiniteLoss
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is usually told to send before it kills a job
@@ -169,25 +168,3 @@ def keep(source: Path, target: Path) -> None:
     except OSError:
         with atomic_write(target) as partial:
             shutil.copyfile(source, partial)
-
-
-def export_model(
-    path: Path, trainer: Trainer, task: LightningModule, config: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    """Write the network with its first average, or its raw weights where none is kept, and what rebuilds it.
-
-    `task.for_export(config)` gives the config to store and the parts that the network needs beside it.
-    """
-    ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA) and callback.averages), None)
-    with ema.swapped(task.model) if ema else nullcontext():
-        config, parts = task.for_export(config)
-        save_model(
-            path,
-            task.net,
-            config,
-            weights="ema" if ema else "raw",
-            step=trainer.global_step,
-            facts=facts,
-            ema_decay=ema.decays[0] if ema else None,
-            parts=parts,
-        )

@@ -24,7 +24,8 @@ from rich.tree import Tree
 from diffusion.checkpoint import atomic_write, locate, read_header
 from diffusion.data.latent_cache import cached
 from diffusion.randomness import fold
-from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, export_model, last_checkpoint
+from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, last_checkpoint
+from diffusion.training.export import export_model
 from diffusion.training.metrics import MetricsCSV
 
 # What `task` says on behalf of other nodes: `diffusion` refers to these.
