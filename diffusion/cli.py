@@ -13,7 +13,7 @@ import time
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -289,6 +289,14 @@ def plain(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(cfg, resolve=True)
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested mappings."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    children = (flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
+    return {key: value for child in children for key, value in child.items()}
 
 
 def _compose(config_name: str, overrides: list[str]) -> Any:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.tree import Tree
 
 from diffusion.checkpoint import atomic_write, locate, read_header
+from diffusion.cli import flat
 from diffusion.data.latent_cache import cached
 from diffusion.randomness import fold
 from diffusion.training.checkpoints import AtomicCheckpointIO, Interrupted, last_checkpoint
@@ -143,14 +144,6 @@ def report_start(run_dir: Path, checkpoint: Path | None, step: int | None, confi
         for key in sorted((old.keys() | new.keys()) - {"resume"}):
             if old.get(key) != new.get(key):
                 print(f"  changed: {key}: {old.get(key)} -> {new.get(key)}", file=sys.stderr)
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of nested mappings."""
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: node}
-    children = (flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
-    return {key: value for child in children for key, value in child.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
