@@ -181,11 +181,11 @@ def _found(folder: Path) -> Iterator[Sweep | Run]:
 
 def read_sweep(folder: Path) -> Sweep | None:
     """Read a sweep's folder; None where there is no sweep.yaml, or none that can be read."""
-    from diffusion.sweep import jobs_of
-
     said, _ = read_mapping(folder / SWEEP_FILE)
     if not said.get("jobs"):
         return None
+    from diffusion.sweep import jobs_of
+
     runs = tuple(read_run(job.folder, overrides=job.overrides, job=True) for job in jobs_of(folder))
     keys = tuple(map(str, said.get("keys") or ()))
     return Sweep(folder, str(said.get("name") or folder.name), str(said.get("command") or ""), keys, runs)
