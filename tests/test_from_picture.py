@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import ROOT, run, save_tiny
 
 import diffusion.sample_folder
-from diffusion.cli import _compose
+from diffusion.cli.composing import compose
 from diffusion.files import file_hash
 from diffusion.images import read_text, save_png
 from diffusion.pictures.from_picture import with_picture, word
@@ -254,7 +254,7 @@ def test_the_exit_status_says_whether_anything_differs(value, status, tmp_path, 
 @example("two\nlines and \\")
 def test_any_text_goes_through_hydra_as_it_is(text):
     several = [f"${{{text}}}", f'"{text}\\', f"\\${{x}}{text}", 1, None, True, 2.5, 1e-7]
-    cfg = _compose("sample", [word("prompt", text), word("labels", several)])
+    cfg = compose("sample", [word("prompt", text), word("labels", several)])
     found = OmegaConf.to_container(cfg, resolve=True)
     assert (found["prompt"], found["labels"]) == (text, several)
 
@@ -299,7 +299,7 @@ def home(tmp_path, monkeypatch):
 
 def composed(*arguments):
     words = with_picture(list(arguments))
-    return OmegaConf.to_container(_compose("sample", words), resolve=True)
+    return OmegaConf.to_container(compose("sample", words), resolve=True)
 
 
 @pytest.mark.parametrize("name", ["v1-5", "renamed"])

@@ -1,0 +1,208 @@
+"""How does the command line talk to people: its help, and the one line that says what to type instead?
+
+Wraps Hydra for the entry scripts. Nothing here imports torch, so `--help` and `--cfg job` answer at once.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+from diffusion.cli.composing import CONFIGS, LISTS, composed, defaults_of, flat, list_of, options_of, plain
+from diffusion.cli.mistakes import check_complete, check_types, diagnose, explain, nearest_keys, refuse_unknown_flags
+
+# fmt: off
+__all__ = [
+    "CONFIGS", "command", "composed", "diagnose", "explain", "flat", "format_warning", "help_text",
+    "list_of", "nearest_keys", "plain", "quoted", "read_words", "run_words", "stop", "typed_words",
+]
+# fmt: on
+MISTAKE = 2  # the exit status of a command that was typed wrong
+TRACEBACK_VARIABLES = ("DIFFUSION_TRACEBACK", "HYDRA_FULL_ERROR")
+FLAGS_HELP = """\
+  -m, --multirun    sweep: run once for each combination of comma-separated values
+  --cfg job         print the composed config and run nothing (--resolve fills in the references)
+  --info defaults-tree   print which files the config is made of
+  --config-dir DIR  look for your own configs in DIR, too
+  DIFFUSION_TRACEBACK=1  (environment) full traceback instead of one line"""
+
+
+def command(
+    config_name: str,
+    description: str,
+    *,
+    folder: str,
+    texts: tuple[str, ...] = (),
+    expand: Callable[[list[str]], list[str]] = list,
+) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Make a function of the composed config into a command: `@command("train", __doc__, folder="run_dir")`.
+
+    `--help` prints `description` and every group with its options. A mistake on the command line, or a ValueError or
+    OSError of the run, ends it with one line on stderr and exit status 2. In a sweep (`-m`) each job gets its own
+    folder, named after its overrides, inside the one that the key `folder` names. Keys in `texts` take the rest of
+    their word as it is: prompt="a dog, running" needs no quotes inside the shell's. `expand` may put words in front of
+    those that were typed.
+    """
+
+    def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+        @wraps(main)
+        def run() -> None:
+            arguments = sys.argv[1:]
+            if "--help" in arguments or "-h" in arguments:
+                print(help_text(config_name, description))
+                return
+            if group := next((name for name in LISTS if f"{name}=" in arguments), None):
+                with contextlib.suppress(BrokenPipeError):
+                    print(list_of(group), flush=True)
+                return
+            try:
+                refuse_unknown_flags(arguments)
+                words = expand(arguments)
+            except (ValueError, OSError) as error:
+                stop_together(str(error))
+            ahead = words[: len(words) - len(arguments)]
+            typed = [quoted(argument, texts) for argument in arguments]
+            first = next((i for i, word in enumerate(typed) if "=" in word and not word.startswith("-")), 0)
+            sys.argv[1:] = [*typed[:first], *ahead, *typed[first:]]  # flags may not part Hydra's words
+            _run_hydra(main, config_name, folder, ahead)
+
+        return run
+
+    return decorate
+
+
+def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
+    """Quote a value for Hydra's grammar where it must mean itself: a text, and anything with "=" in it, such as a path.
+
+    What is quoted, a list, a choice for a sweep, null or a reference already stays as it is.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or value in ("", "null") or value.startswith(("[", "{", '"', "'", "${")) or argument.startswith("-"):
+        return argument
+    if key not in texts and ("=" not in value or "," in value or "(" in value):
+        return argument
+    # Hydra reads a backslash as itself, except in front of a quote.
+    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value))
+    return f'{key}="{escaped}"'
+
+
+def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead: Sequence[str]) -> None:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    verbose = any(os.environ.get(name, "0") not in ("", "0") for name in TRACEBACK_VARIABLES)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
+    warnings.formatwarning = format_warning
+
+    @wraps(main)
+    def job(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        if sweeping:
+            added = {word.partition("=")[0] for word in ahead}
+            typed = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in added]
+            cfg[folder] = str(Path(cfg[folder]) / sweep_folder(typed, folder))
+        typed_wrong = True
+        try:
+            check_complete(cfg)
+            check_types(cfg, HydraConfig.get().overrides.task, config_name)
+            typed_wrong = False
+            main(cfg)
+        except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+            if verbose or sweeping:  # a sweep runs its other jobs first; Hydra then names the job that failed
+                raise
+            if typed_wrong:
+                stop_together(explain(error))
+            stop(explain(error), traceback_hint=True)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if verbose:
+            raise
+        diagnosis = diagnose(sys.argv[1:], config_name)
+        stop_together(diagnosis or explain(error), traceback_hint=diagnosis is None)
+
+
+def read_words(arguments: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Read `name=value` words into a copy of small settings; ValueError for what is not one of them.
+
+    For commands whose settings are a handful of numbers and paths, without a config; None stands for a path.
+    """
+    read = dict(settings)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in settings:
+            known = ", ".join(f"{key}=" for key in settings)
+            raise ValueError(f"{argument!r} is no setting; the settings are {known}")
+        kind = str if settings[name] is None else type(settings[name])
+        try:
+            read[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"{argument} does not fit; it must be of type {kind.__name__}") from None
+    return read
+
+
+def run_words(main: Callable[[list[str]], None], description: str) -> None:
+    """Run the `main` of such a command: --help prints the description, and the user's mistakes are one clear error."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(description)
+        return
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        stop(str(error))
+
+
+def stop(message: str, *, traceback_hint: bool = False) -> NoReturn:
+    """End the program with one clear error on stderr."""
+    hint = " [DIFFUSION_TRACEBACK=1 shows where]" if traceback_hint else ""
+    print(f"error: {message}{hint}", file=sys.stderr)
+    raise SystemExit(MISTAKE)
+
+
+def stop_together(message: str, *, traceback_hint: bool = False) -> NoReturn:
+    """End with an error that every process of a job finds in its command, and let the first one alone say it."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        time.sleep(2)  # torchrun ends all processes when one has ended; the first is to finish its sentence
+        raise SystemExit(MISTAKE)
+    stop(message, traceback_hint=traceback_hint)
+
+
+def format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Print our own warnings as one line; those of libraries keep their place."""
+    ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+def typed_words() -> list[str]:
+    """Return the `name=value` words that the running job was given, those of `expand` included."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def sweep_folder(overrides: list[str], folder: str) -> str:
+    """Return the folder name of one job of a sweep: its overrides, so that a folder says what is in it."""
+    kept = [text.replace("/", "_").replace(" ", "") for text in overrides if not text.startswith(f"{folder}=")]
+    return ",".join(kept)[:200] or "default"
+
+
+def help_text(config_name: str, description: str) -> str:
+    """Return the help: what the script says about itself, then each group with its options, defaults starred."""
+    chosen = defaults_of(config_name)
+    width = max(map(len, chosen), default=0)
+    lines = [description.strip(), "", "Groups (group=option; * is the default; group.key=value changes a value in it):"]
+    for group, default in chosen.items():
+        options = [f"{name}*" if name == default else name for name in options_of(group)]
+        lines.append(f"  {group:<{width}}  {' '.join(options)}")
+    return "\n".join([*lines, "", "Flags:", FLAGS_HELP])

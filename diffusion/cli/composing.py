@@ -1,0 +1,71 @@
+"""What do the words of a command make of the configs? Composing them, and listing what can be chosen.
+
+Nothing here imports torch.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+LISTS = {"sampler": ("sampler_list", "listing")}  # groups whose options a function makes a table of, for `group=` alone
+
+
+def composed(config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what the overrides make of a primary config, as plain data, for code that is no command of Hydra's.
+
+    References are filled in; a value that only a user can give stays "???".
+    """
+    return plain(compose(config_name, list(overrides)))
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """Return a composed config as plain data, with its references filled in."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested mappings."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    children = (flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
+    return {key: value for child in children for key, value in child.items()}
+
+
+def compose(config_name: str, overrides: list[str]) -> Any:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(config_name, overrides=overrides)
+
+
+def defaults_of(config_name: str) -> dict[str, str | None]:
+    """Return {group: chosen option} of a primary config, read from its defaults list."""
+    from omegaconf import OmegaConf
+
+    entries = OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults
+    pairs = [next(iter(entry.items())) for entry in entries if not isinstance(entry, str)]
+    return {key.removeprefix("optional "): value for key, value in pairs if not key.startswith("override ")}
+
+
+def options_of(group: str) -> list[str]:
+    """Return the options of a group, those in folders below it as "folder/name" after the others."""
+    folder = CONFIGS / group
+    found = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(found, key=lambda option: ("/" in option, option))
+
+
+def list_of(group: str) -> str:
+    """Return the table of a group's options and what they are."""
+    from omegaconf import OmegaConf
+
+    module, function = LISTS[group]
+    found = {name: OmegaConf.load(CONFIGS / group / f"{name}.yaml") for name in options_of(group)}
+    bases = {name: config.pop("defaults", [name])[0] for name, config in found.items()}
+    values = {name: {**found[bases[name]], **config} for name, config in found.items() if config}
+    return getattr(importlib.import_module(f"diffusion.{module}"), function)(values)
