@@ -7,7 +7,6 @@
 import functools
 import hashlib
 import json
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusion.code_state import git_commit
 from diffusion.files import atomic_write, exists
 from diffusion.pretrained.weight_files import WeightFile, is_safetensors, open_safetensors, what_else
 
@@ -203,24 +203,6 @@ def package_version() -> str:
     try:
         return version("diffusion")
     except PackageNotFoundError:
-        return "unknown"
-
-
-@functools.cache
-def git_commit() -> str:
-    """Return the commit of this code, "+dirty" where tracked files were edited, or "unknown" outside its repository."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"  # installed inside somebody else's repository
-        dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + dirty
-    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
