@@ -4,13 +4,15 @@ A subclass fills `train_set` and `val_set` in `setup`; all that concerns batches
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffusion.data.batches import EpochBatches, EpochLoader
-from diffusion.data.images import ImageSet, KeyedSet
+from diffusion.data.broken import BrokenSamples
+from diffusion.data.images import ImageSet, KeyedSet, digest
 
 
 class ImageData(LightningDataModule):
@@ -22,6 +24,8 @@ class ImageData(LightningDataModule):
 
     The checkpoint's entry (`state_dict`) is the first batch that no optimizer step has used, so a resumed run takes up
     exactly there, with any number of workers, ranks (at the same global batch) and accumulated batches.
+
+    `broken` counts and names the samples that had to be left out; more than `max_broken` of them end the run.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
+        max_broken: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -49,6 +54,7 @@ class ImageData(LightningDataModule):
         self.num_classes = num_classes
         self.class_names = None if class_names is None else tuple(class_names)
         self.batch_size, self.num_workers, self.pin_memory, self.seed = batch_size, num_workers, pin_memory, seed
+        self.broken = BrokenSamples(max_broken)
         self.train_set: ImageSet | None = None
         self.val_set: ImageSet | None = None
         self._instead: dict[str, KeyedSet] = {}
@@ -59,6 +65,17 @@ class ImageData(LightningDataModule):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.channels, self.image_size, self.image_size
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Say which data these are, wherever they lie: "name", "num_samples" and "hash", for the record of a run.
+
+        The hash changes with the samples and what is done to them, not with batches, workers, seed or order.
+        """
+        self._ensure_setup()
+        sets = {name: images.description() for name, images in (("train", self.train_set), ("val", self.val_set))}
+        described = [self.shape, self.num_classes, *(sorted(about.items()) for about in sets.values())]
+        count = sum(about["samples"] for about in sets.values())
+        return {"name": type(self).__name__, "num_samples": count, "hash": digest(described)}
 
     def serve(self, *, train: KeyedSet, val: KeyedSet) -> None:
         """Give these samples in place of `train_set` and `val_set` from now on: what a cache has made of them.
@@ -107,6 +124,7 @@ class ImageData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
+            note_broken=self.broken.note,
         )
 
     # -- resuming ------------------------------------------------------------------------------------------------------
@@ -127,6 +145,7 @@ class ImageData(LightningDataModule):
             "global_batch_size": batches.global_batch_size,
             "num_samples": batches.num_samples,
             "seed": batches.seed,
+            **self._train_loader.position(epoch, batch),
         }
 
     def _next_batch(self, loader: EpochLoader) -> tuple[int, int, int]:
@@ -173,6 +192,7 @@ class ImageData(LightningDataModule):
             )
         batch = state["samples"] // batches.global_batch_size
         loader.start(state["epoch"], batch)
+        loader.resume(state)
         if self.trainer is not None:
             self._align_lightning(loader.batches.start_batch, mid_epoch=state["samples"] > 0 or state["rewind"] > 0)
 

@@ -4,14 +4,14 @@ The order is a function of (seed, epoch), never of workers, ranks or of what ran
 integers, so that any batch of any epoch can be asked for directly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from diffusion.data.images import KeyedSet
+from diffusion.data.images import BROKEN, KeyedSet
 from diffusion.randomness import fold, generator
 
 
@@ -88,14 +88,22 @@ class EpochLoader(DataLoader):
     """A DataLoader that knows how far it got: each `iter` is the next epoch of its `EpochBatches`.
 
     Asking for an iterator again before a batch was taken starts at the same place: Lightning does that around a resume.
-    Only batches that were handed over count, not those that workers have fetched ahead.
+    Only batches that were handed over count, not those that workers have fetched ahead. `note_broken` is told of
+    samples that turn out to be broken: pairs of name and reason.
     """
 
-    def __init__(self, dataset: KeyedSet, batches: EpochBatches, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: KeyedSet,
+        batches: EpochBatches,
+        *,
+        note_broken: Callable[[Sequence[tuple[str, str]]], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # DataLoader draws a worker seed at each iter; from the global generator that would disturb the training's.
         source = torch.Generator().manual_seed(fold(batches.seed, "workers"))
         super().__init__(dataset, batch_sampler=batches, collate_fn=collated, generator=source, **kwargs)
-        self.batches = batches
+        self.batches, self.note_broken = batches, note_broken
         self.delivered = 0  # batches handed over since the last iter
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -105,6 +113,8 @@ class EpochLoader(DataLoader):
 
     def _deliver(self, fetched: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in fetched:
+            if (broken := batch.pop(BROKEN, None)) and self.note_broken is not None:
+                self.note_broken(broken)
             self.delivered += 1
             yield batch
 
@@ -113,6 +123,13 @@ class EpochLoader(DataLoader):
         if batch >= len(self.batches):
             epoch, batch = epoch + 1, 0
         self.batches.epoch, self.batches.start_batch, self.delivered = epoch, batch, 0
+
+    def position(self, epoch: int, batch: int) -> dict[str, Any]:
+        """Return what the datamodule's state needs beside the number of a batch to go on there: here nothing."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take from the datamodule's state what `position` gave; `start` has been called."""
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the datamodule carries the position. Lightning takes a loader with these two methods as resumable."""

@@ -7,6 +7,7 @@ be read is named, and left out.
 import math
 import random
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion.data.base import ImageData
-from diffusion.data.images import ImageSet, digest
+from diffusion.data.images import BROKEN, ImageSet, digest
 from diffusion.data.listing import UNREADABLE, Entry, class_names, decode, entries, mark, some, unreadable
 from diffusion.randomness import fold
 
@@ -77,14 +78,17 @@ def cropped(image: Image.Image, image_size: int, draw: random.Random) -> Image.I
     return image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
 
 
-class FolderImages(ImageSet):
-    """Images read from disk when they are asked for; one that has become unreadable is replaced by the next one."""
+class EncodedImages(ImageSet):
+    """Pictures decoded when they are asked for; one that has become unreadable is replaced by the next one.
+
+    A subclass names them and opens them, and sets `labels`, one a picture, and `captioned`.
+    """
+
+    labels: Sequence[int] | None = None
+    captioned: bool = False
 
     def __init__(
         self,
-        root: Path,
-        found: Sequence[Entry],
-        classes: Sequence[str] | None,
         *,
         channels: int,
         image_size: int,
@@ -93,51 +97,84 @@ class FolderImages(ImageSet):
         random_crop: bool = False,
     ) -> None:
         super().__init__(seed=seed, horizontal_flip=horizontal_flip)
-        self.random_crop = random_crop
-        self.root, self.entries = root, tuple(found)
-        self.labels = None if classes is None else [classes.index(entry.class_name) for entry in found]
-        self.captioned = any(entry.caption is not None for entry in found)
-        self.channels, self.image_size = channels, image_size
+        self.channels, self.image_size, self.random_crop = channels, image_size, random_crop
         self.lost: set[str] = set()  # names reported so far, by this process
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Say where a picture lies."""
+
+    @abstractmethod
+    def picture(self, index: int) -> Image.Image:
+        """Decode a picture in full. Raises one of `UNREADABLE`."""
+
+    @abstractmethod
+    def caption(self, index: int) -> str:
+        """Return a picture's caption; "" where it has none."""
 
     def drawn(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return the seeds of the random crops, where there are to be some."""
         return {"crops": [fold(self.seed, "crop", *key) for key in keys]} if self.random_crop else {}
 
     def load(self, indices: Sequence[int], crops: Sequence[int] | None = None) -> dict[str, Any]:
-        """Read images (B, C, H, W) uint8 with what is known of them; one that cannot be read gives way to the next."""
+        """Read images (B, C, H, W) uint8 with what is known of them; one that cannot be read gives way to the next.
+
+        "broken" is there when one was found that has not been named before: pairs of name and reason.
+        """
         crops = [None] * len(indices) if crops is None else crops
-        images, kept = zip(*map(self._readable, indices, crops), strict=True)
+        broken: list[tuple[str, str]] = []
+        images, kept = zip(*(self._readable(*pair, broken) for pair in zip(indices, crops, strict=True)), strict=True)
         batch: dict[str, Any] = {"image": torch.stack(images)}
         if self.labels is not None:
-            batch["label"] = torch.tensor([self.labels[index] for index in kept])
+            batch["label"] = torch.tensor([int(self.labels[index]) for index in kept])
         if self.captioned:
-            batch["caption"] = [self.entries[index].caption or "" for index in kept]
-        return batch
+            batch["caption"] = [self.caption(index) for index in kept]
+        return batch | ({BROKEN: broken} if broken else {})
 
-    def _readable(self, index: int, crop: int | None) -> tuple[Tensor, int]:
+    def _readable(self, index: int, crop: int | None, broken: list[tuple[str, str]]) -> tuple[Tensor, int]:
         """Read this image, or else the next one that can be read; return it with its index."""
         for index in ((index + step) % len(self) for step in range(len(self))):
-            name = self.entries[index].name
             try:
-                image = read_image(self.root / name, channels=self.channels, image_size=self.image_size, crop=crop)
+                picture = self.picture(index)
+                image = fitted(picture, channels=self.channels, image_size=self.image_size, crop=crop)
             except UNREADABLE as error:
+                name = self.name(index)
                 if name not in self.lost:
                     self.lost.add(name)
+                    broken.append((name, str(error)))
                     warnings.warn(
-                        f"{self.root / name} can no longer be read ({error}); the next image takes its place "
+                        f"{name} can no longer be read ({error}); the next image takes its place "
                         f"({len(self.lost)} such so far)",
                         stacklevel=2,
                     )
             else:
                 return image, index
-        raise ValueError(f"none of the {len(self)} images in {self.root} can be read any more")
+        raise ValueError(f"none of the {len(self)} images around {self.name(0)} can be read any more")
 
     def description(self) -> dict[str, Any]:
         return super().description() | {"transform": TRANSFORM}
+
+
+class FolderImages(EncodedImages):
+    """Images that lie in a folder."""
+
+    def __init__(self, root: Path, found: Sequence[Entry], classes: Sequence[str] | None, **how: Any) -> None:
+        super().__init__(**how)
+        self.root, self.entries = root, tuple(found)
+        self.labels = None if classes is None else [classes.index(entry.class_name) for entry in found]
+        self.captioned = any(entry.caption is not None for entry in found)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.entries[index].name)
+
+    def picture(self, index: int) -> Image.Image:
+        return decode(self.root / self.entries[index].name)
+
+    def caption(self, index: int) -> str:
+        return self.entries[index].caption or ""
 
     def content(self) -> str:
         """Hash every file's name, size and time of change, its label and its caption, wherever the folder lies."""

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from diffusion.randomness import fold
 
 NUM_LOOKED_AT = 16  # images of a set that `ImageSet.content` loads
+BROKEN = "broken"  # the entry of a batch that names samples found to be broken; the loader takes it out
 
 
 class KeyedSet(Dataset, ABC):
