@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from diffusion.cli.composing import CONFIGS, LISTS, composed, defaults_of, flat, list_of, options_of, plain
 from diffusion.cli.mistakes import check_complete, check_types, diagnose, explain, nearest_keys, refuse_unknown_flags
+from diffusion.run_name import run_named
 
 # fmt: off
 __all__ = [
@@ -125,7 +126,8 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead
             stop(explain(error), traceback_hint=True)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+        with run_named(sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if verbose:
             raise
