@@ -1,0 +1,267 @@
+"""What should a reader see first? Which choice was best and by how much, what went wrong, and what it all cost."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from diffusion.report import microscope
+from diffusion.report.runs import IMAGES_PER_SECOND, UNKNOWN, Run
+from diffusion.report.statistics import mean
+from diffusion.report.tables import Results, duration, number, took
+from diffusion.report.varied import Varied
+
+MEMORY = "train/memory_gb"
+STATES = ("finished", "running", "waiting", "failed", "killed", "preempted", "pruned", UNKNOWN)  # in a reader's order
+WRONG = ("failed", "killed", "preempted", "pruned")
+LOG_LINES = 30
+WORSE = {"lower": "Lowest", "higher": "Highest"}
+
+
+class Verdict(NamedTuple):
+    """The best row by the first metric whose direction is known, and its lead on the next one."""
+
+    word: str  # "Lowest", "Highest"
+    metric: str
+    row: str
+    value: str
+    second: str
+    lead: str  # on the same seeds; "" where no two share one
+    clear: bool  # whether the lead's interval leaves out zero
+    by_definition: bool  # the loss itself was varied: no verdict
+
+
+class Problem(NamedTuple):
+    """A run that did not end well, or whose files cannot all be read."""
+
+    label: str
+    state: str
+    step: str
+    error: str
+    log: str
+    troubles: tuple[str, ...]
+
+
+class Hint(NamedTuple):
+    """A hint of the loss microscope, and the runs that it was seen in."""
+
+    name: str
+    seen: str
+    means: str
+    check: str
+    runs: list[str]
+
+
+class Cost(NamedTuple):
+    """What a row of runs cost; texts, with the share of the table's largest value for a bar, or None."""
+
+    label: str
+    cells: list[tuple[str, float | None, float | None]]  # text, share of the column's largest, what to sort by
+
+
+class RunRow(NamedTuple):
+    """A run in the table of all runs."""
+
+    number: int
+    label: str
+    state: str
+    step: str
+    progress: float | None
+    cells: list[str]
+    time: str
+    seconds: float | None
+    folder: str
+
+
+def verdict(results: Results) -> Verdict | None:
+    """Name the best row; None where there are not two rows to compare by a metric that has a direction."""
+    for place, column in enumerate(results.columns):
+        if column.better is None:
+            continue
+        rows = [row for row in results.rows if (value := row.cells[place].value) is not None and math.isfinite(value)]
+        if len(rows) < 2:
+            continue
+        rows.sort(key=lambda row: row.cells[place].value, reverse=column.better == "higher")
+        first, second = rows[:2]
+        lead, clear = _lead(results, column.metric, results.rows.index(first), results.rows.index(second))
+        cell = first.cells[place]
+        value = f"{cell.text} {cell.spread}".strip()
+        names = column.metric, first.row.label
+        return Verdict(WORSE[column.better], *names, value, second.row.label, lead, clear, column.by_definition)
+    return None
+
+
+def _lead(results: Results, metric: str, first: int, second: int) -> tuple[str, bool]:
+    pair = results.pairs.get(metric, {}).get(f"{max(first, second)},{min(first, second)}")
+    if pair is None or pair[0] is None:
+        return "", False
+    digits = next(column.decimals for column in results.columns if column.metric == metric)
+    size, half, n = abs(pair[0]), pair[1], pair[2]
+    spread = f" ± {number(half, digits)}" if half is not None else ""
+    return f"{number(size, digits)}{spread} (n = {n})", half is not None and size > half
+
+
+def counts(runs: Sequence[Run]) -> list[tuple[str, int]]:
+    """Count the runs in each state, those of a state that no run has left out."""
+    found = {state: sum(run.state == state for run in runs) for state in STATES}
+    return [(state, count) for state, count in found.items() if count]
+
+
+def problems(varied: Varied) -> Iterator[Problem]:
+    """Return the runs that a reader has to look after."""
+    for run, label in zip(varied.runs, varied.labels, strict=True):
+        if run.state in WRONG or run.troubles:
+            error = (run.status.error if run.status else None) or ""
+            log = "\n".join(run.log_tail.splitlines()[-LOG_LINES:])
+            yield Problem(label, run.state, _step(run), error, log, run.troubles)
+
+
+def _step(run: Run) -> str:
+    last = run.status.max_steps if run.status else None
+    if run.step is None:
+        return ""
+    return f"{run.step:,} of {last:,}" if last and last > 0 else f"{run.step:,}"
+
+
+def hints(varied: Varied) -> list[Hint]:
+    """Return the microscope's hints, each once with all runs that it was seen in."""
+    found: dict[tuple[str, str], Hint] = {}
+    for run, label in zip(varied.runs, varied.labels, strict=True):
+        for hint in microscope.read_hints(run.folder):
+            texts = {name: str(hint.get(name) or "") for name in ("name", "seen", "means", "check")}
+            key = texts["name"], texts["means"]
+            found.setdefault(key, Hint(**texts, runs=[])).runs.append(label)
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cost
+
+COST_COLUMNS = ("images/s", "peak memory (GB)", "time a run", "time in all", "parameters", "device")
+
+
+def costs(varied: Varied) -> list[Cost]:
+    """Return a line a row: throughput and memory as measured, time, size, and where it ran."""
+    table = [_cost(varied, row.runs) for row in varied.rows]
+    largest = [max((line[i][1] or 0 for line in table), default=0) for i in range(len(COST_COLUMNS))]
+    lines = []
+    for row, line in zip(varied.rows, table, strict=True):
+        cells = [
+            (text, None if value is None or not most or i > 3 else value / most, value)
+            for i, ((text, value), most) in enumerate(zip(line, largest, strict=True))
+        ]
+        lines.append(Cost(row.label, cells))
+    return lines if any(text for line in lines for text, _, _ in line.cells) else []
+
+
+def _cost(varied: Varied, numbers: Sequence[int]) -> list[tuple[str, float | None]]:
+    runs = [varied.runs[i] for i in numbers]
+    rates = [float(rate.median()) for run in runs if len(rate := run.series(IMAGES_PER_SECOND).dropna())]
+    memory = [float(used.max()) for run in runs if len(used := run.series(MEMORY).dropna())]
+    times = [seconds for run in runs if (seconds := took(run)) is not None]
+    sizes = sorted({size for run in runs if isinstance(size := run.record.get("parameters"), int)})
+    devices = dict.fromkeys(_device(run) for run in runs)
+    return [
+        _spread(rates, 0 if max(rates, default=0) >= 100 else 1),
+        (number(max(memory), 2), max(memory)) if memory else ("", None),
+        (duration(mean(times).mean), mean(times).mean) if times else ("", None),
+        (duration(sum(times)), sum(times)) if times else ("", None),
+        (" / ".join(map(_count, sizes)), float(sizes[0])) if sizes else ("", None),
+        (", ".join(filter(None, devices)), None),
+    ]
+
+
+def _spread(values: Sequence[float], digits: int) -> tuple[str, float | None]:
+    if not values:
+        return "", None
+    found = mean(values)
+    spread = "" if math.isnan(found.sd) else f" ± {number(found.sd, digits)}"
+    return f"{number(found.mean, digits)}{spread}", found.mean
+
+
+def _count(parameters: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {unit}"
+    return str(parameters)
+
+
+def _device(run: Run) -> str:
+    start = (run.record.get("starts") or [{}])[-1]
+    device, many = start.get("device"), start.get("world_size") or 1
+    return "" if not device else f"{many} × {device}" if many > 1 else str(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all runs
+
+
+def run_rows(varied: Varied, results: Results) -> list[RunRow]:
+    """Return a line a run, with the last values of the metrics that the table of results shows."""
+    columns = [column for column in results.columns if column.shown] or []
+    rows = []
+    for place, (run, label) in enumerate(zip(varied.runs, varied.labels, strict=True)):
+        cells = [number(run.finals[c.metric], c.decimals) if c.metric in run.finals else "" for c in columns]
+        most = run.status.max_steps if run.status else None
+        share = None if not most or run.step is None or run.state == "finished" else min(1.0, run.step / most)
+        seconds = took(run)
+        rows.append(
+            RunRow(place, label, run.state, _step(run), share, cells, duration(seconds), seconds, str(run.folder))
+        )
+    return rows
+
+
+def comparison(varied: Varied) -> dict[str, Any]:
+    """Return what the page compares two runs by: facts that differ among any of them, and steps at which they part."""
+    from diffusion.report import difference
+
+    facts = [
+        {
+            "config": difference.without_places(run.flat),
+            "code": _code(run),
+            "data": run.record.get("data") or {},
+            "environment": difference.environment(run) if run.record.get("starts") else {},
+        }
+        for run in varied.runs
+    ]
+    sections = {name: _differing([own[name] for own in facts]) for name in ("config", "code", "data", "environment")}
+    metrics = [name for name in PARTING if any(name in run.metrics for run in varied.runs)]
+    return {
+        "sections": sections,
+        "known": {name: [bool(own[name]) for own in facts] for name in sections},
+        "metrics": metrics,
+        "parts": {name: difference.parting_matrix(varied.runs, name) for name in metrics},
+        "drifts": {
+            name: difference.parting_matrix(varied.runs, name, tolerance=difference.TOLERANCE) for name in metrics
+        },
+        "tolerance": difference.TOLERANCE,
+    }
+
+
+PARTING = ("train/loss", "val/loss", "val/loss_ema", "train/grad_norm")
+LONG = 1500  # characters of a value that the page holds
+
+
+def _code(run: Run) -> dict[str, Any]:
+    from diffusion.report.difference import changed_files
+
+    starts = run.record.get("starts") or []
+    if not starts:
+        return {}
+    files = {f"uncommitted: {name}": "\n".join(lines) for name, lines in changed_files(run.changes).items()}
+    return {"commit": starts[-1].get("commit") or "unknown"} | files
+
+
+def _differing(mappings: Sequence[dict[str, Any]]) -> dict[str, list[str | None]]:
+    """Return the keys that are not the same in all, with each one's value as text; None: it has no such key."""
+    keys = dict.fromkeys(key for own in mappings for key in own)
+    texts = {key: [_short(own[key]) if key in own else None for own in mappings] for key in keys}
+    return {key: values for key, values in texts.items() if len(set(values)) > 1}
+
+
+def _short(value: Any) -> str:
+    from hashlib import sha256
+
+    text = str(value)
+    if len(text) <= LONG:
+        return text
+    return f"{text[:LONG]}… ({len(text):,} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"
