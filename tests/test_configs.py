@@ -313,7 +313,7 @@ MATHS = {
     *("grids", "brownian", "timestep_samplers", "likelihood", "autoencoder_losses"),
 }
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "tensorboard"}
-MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint", "processes")
+MAY_USE_FRAMEWORKS = ("training", "data", "cli", "checkpoint", "processes", "sweep")
 MODULES = sorted((ROOT / "diffusion").rglob("*.py"))
 
 
