@@ -24,7 +24,8 @@ from diffusion.checkpoint import atomic_write
 from diffusion.training.export import export_model
 from diffusion.training.guard import NonFiniteLoss
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is usually told to send before it kills a job
+# The last two are what Slurm, or submitit, is told to send before a job is killed.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class Interrupted(Exception):
@@ -50,7 +51,7 @@ class Checkpoints(Checkpoint):
     `keep_every_n_steps` also keeps `checkpoints/step=0010000.ckpt`. `export` writes `model.safetensors` (the first
     average where there is one) beside each checkpoint; `config` and `facts` go into its header (`save_model`).
     A checkpoint is written after all that belongs to its step, validation included, so that a resumed run repeats
-    and omits nothing. SIGINT, SIGTERM and SIGUSR1 raise `Interrupted` from there; a second one stops at once.
+    and omits nothing. `SIGNALS` raise `Interrupted` from there; a second SIGINT (Ctrl-C) stops at once.
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class Checkpoints(Checkpoint):
                     signal.signal(getattr(signal, name), self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal = number
+            again = " (once more stops at once)" if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            print(f"{name}: stopping after this step with a checkpoint{again}", file=sys.stderr)
+        elif number == signal.SIGINT:  # a scheduler repeats itself: to each process, and when the time of grace ends
             raise SystemExit(128 + number)
-        self.signal = number
-        name = signal.Signals(number).name
-        print(f"{name}: stopping after this step with a checkpoint (once more stops at once)", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Save where a step is complete and due, unless validation is about to add its metrics."""
