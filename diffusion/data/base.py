@@ -116,16 +116,23 @@ class ImageData(LightningDataModule):
             self.setup("fit")
 
     def _loader(self, dataset: KeyedSet, **order: bool) -> EpochLoader:
+        how = self._loading
+        share = [how.pop(name) for name in ("batch_size", "rank", "world_size")]
+        batches = EpochBatches(len(dataset), share[0], self.seed, *share[1:], **order)
+        return EpochLoader(dataset, batches, persistent_workers=self.num_workers > 0, **how)
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        """What every loader is told: this rank's share, workers, memory, and whom to tell of broken samples."""
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
-        return EpochLoader(
-            dataset,
-            EpochBatches(len(dataset), self.batch_size, self.seed, rank, world_size, **order),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=pin_memory,
-            note_broken=self.broken.note,
-        )
+        return {
+            "batch_size": self.batch_size,
+            "rank": rank,
+            "world_size": world_size,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            "note_broken": self.broken.note,
+        }
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 

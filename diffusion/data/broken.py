@@ -9,7 +9,7 @@ from diffusion.data.listing import some
 
 
 class BrokenSamples:
-    """The names of samples that cannot be used, each with the reason; more than `limit` (None: any number) are fatal."""
+    """The names of samples that cannot be used, with the reasons; more than `limit` (None: any number) are fatal."""
 
     def __init__(self, limit: int | None = None) -> None:
         if limit is not None and limit < 0:

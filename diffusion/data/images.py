@@ -66,10 +66,7 @@ class ImageSet(KeyedSet):
     def samples(self, indices: Sequence[int], mirrored: Tensor | None = None, **how: Any) -> dict[str, Any]:
         """Return what `load` gives with "image" in [-1, 1], mirrored where `mirrored` (B,) says so."""
         batch = self.load(indices, **how)
-        image = batch["image"].float().div_(self.levels / 2).sub_(1)
-        if mirrored is not None:
-            image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
-        return {**batch, "image": image}
+        return {**batch, "image": as_floats(batch["image"], mirrored, self.levels)}
 
     def description(self) -> dict[str, Any]:
         """Say in plain data what the samples are, whatever their order: what was made from them asks whether they are
@@ -86,6 +83,12 @@ class ImageSet(KeyedSet):
         """Return a hash of the samples: here of 16 of them, evenly spaced. A subclass that can afford it hashes all."""
         chosen = [number * len(self) // NUM_LOOKED_AT for number in range(min(NUM_LOOKED_AT, len(self)))]
         return digest(value for _, value in sorted(self.load(chosen).items()))
+
+
+def as_floats(image: Tensor, mirrored: Tensor | None = None, levels: int = 255) -> Tensor:
+    """Map integers 0..`levels` (B, C, H, W) to [-1, 1], those where `mirrored` (B,) says so as in a mirror."""
+    image = image.float().div_(levels / 2).sub_(1)
+    return image if mirrored is None else torch.where(mirrored[:, None, None, None], image.flip(-1), image)
 
 
 def digest(values: Iterable[Any]) -> str:

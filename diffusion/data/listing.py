@@ -89,7 +89,11 @@ def described(root: Path) -> Iterator[Entry]:
 
 def class_names(found: Iterable[Entry]) -> tuple[str, ...]:
     """Sort the names that occur; numbers by value."""
-    names = {entry.class_name for entry in found if entry.class_name is not None}
+    return in_order({entry.class_name for entry in found if entry.class_name is not None})
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort names of classes; numbers by value."""
     return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
 
 
