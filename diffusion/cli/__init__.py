@@ -101,6 +101,8 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead
     verbose = any(os.environ.get(name, "0") not in ("", "0") for name in TRACEBACK_VARIABLES)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
     warnings.formatwarning = format_warning
+    # Ours stand in front of the plugins' own, on purpose: configs/hydra/launcher/{joblib,ray}.yaml.
+    warnings.filterwarnings("ignore", message=r"(?s).*hydra/\w+/\w+' is validated against ConfigStore schema")
 
     @wraps(main)
     def job(cfg: Any) -> None:
