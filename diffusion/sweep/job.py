@@ -23,8 +23,10 @@ from typing import Any
 import yaml
 
 from diffusion.files import atomic_write
+from diffusion.requeue import signal_for_launcher
 from diffusion.run_folder import STATUS, Status, first_process, read_status, write_status
 from diffusion.sweep.folder import LOG_FILE, OVERRIDES_FILE, SWEEP_FILE, folder_names, read_sweep
+from diffusion.sweep.share import job_environment
 
 DONE = ("finished", "pruned")  # states after which a job is not begun again
 STOP_FILE = ".stop"  # in the sweep's folder: the number of the signal that all its jobs are to get, also on other hosts
@@ -53,6 +55,7 @@ class JobProcess:
     keys: tuple[str, ...]  # what is varied, for the folders of a search, whose jobs sweep.yaml cannot name beforehand
     objective: str | None = None  # a column of metrics.csv
     owner: int = 0  # the id of the sweep's own process, which takes care of signals itself
+    environment: tuple[tuple[str, str], ...] = ()  # what is added to that of a job: its share of the machine
 
     def __call__(self, cfg: Any = None) -> float | None:
         from hydra.core.hydra_config import HydraConfig
@@ -112,7 +115,7 @@ class JobProcess:
                 process = subprocess.Popen(
                     command,
                     cwd=self.directory,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    env={**job_environment(), **dict(self.environment), "PYTHONUNBUFFERED": "1"},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -121,7 +124,7 @@ class JobProcess:
                 self._watch(process, signals)
         error = settle(folder, process.returncode, last_words(log, began)) if first else None
         if signals.received and threading.current_thread() is threading.main_thread():
-            signal.raise_signal(signals.received[-1])  # now that the job has saved: the launcher's turn
+            signal.raise_signal(signal_for_launcher(signals.received))  # now that the job has saved: its turn
         if error is not None:
             raise JobFailed(error)
 
