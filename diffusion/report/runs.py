@@ -17,10 +17,10 @@ import yaml
 
 from diffusion.cli import flat
 from diffusion.run_folder import Status, read_record, read_status
+from diffusion.sweep.folder import SWEEP_FILE, jobs_of
 
 # What makes a folder a run's; one of them is enough.
 MARKS = ("STATUS", "config.yaml", "metrics.csv", "overrides.yaml", "record.yaml")
-SWEEP_FILE = "sweep.yaml"
 UNKNOWN, WAITING = "unknown", "waiting"  # states that no STATUS file says: none is there; the job has not begun
 ENDED = ("finished", UNKNOWN)  # whose last values are final, as far as anybody can say
 SEED = "seed"
@@ -182,10 +182,8 @@ def _found(folder: Path) -> Iterator[Sweep | Run]:
 def read_sweep(folder: Path) -> Sweep | None:
     """Read a sweep's folder; None where there is no sweep.yaml, or none that can be read."""
     said, _ = read_mapping(folder / SWEEP_FILE)
-    if not said.get("jobs"):
+    if not isinstance(said.get("jobs"), list):
         return None
-    from diffusion.sweep import jobs_of
-
     runs = tuple(read_run(job.folder, overrides=job.overrides, job=True) for job in jobs_of(folder))
     keys = tuple(map(str, said.get("keys") or ()))
     return Sweep(folder, str(said.get("name") or folder.name), str(said.get("command") or ""), keys, runs)

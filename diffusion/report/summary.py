@@ -65,7 +65,6 @@ class RunRow(NamedTuple):
     label: str
     state: str
     step: str
-    progress: float | None
     cells: list[str]
     time: str
     seconds: float | None
@@ -201,12 +200,8 @@ def run_rows(varied: Varied, results: Results) -> list[RunRow]:
     rows = []
     for place, (run, label) in enumerate(zip(varied.runs, varied.labels, strict=True)):
         cells = [number(run.finals[c.metric], c.decimals) if c.metric in run.finals else "" for c in columns]
-        most = run.status.max_steps if run.status else None
-        share = None if not most or run.step is None or run.state == "finished" else min(1.0, run.step / most)
         seconds = took(run)
-        rows.append(
-            RunRow(place, label, run.state, _step(run), share, cells, duration(seconds), seconds, str(run.folder))
-        )
+        rows.append(RunRow(place, label, run.state, _step(run), cells, duration(seconds), seconds, str(run.folder)))
     return rows
 
 
