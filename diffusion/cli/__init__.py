@@ -4,8 +4,10 @@ Wraps Hydra for the entry scripts. Nothing here imports torch, so `--help` and `
 """
 
 import contextlib
+import inspect
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -45,10 +47,10 @@ def command(
     """Make a function of the composed config into a command: `@command("train", __doc__, folder="run_dir")`.
 
     `--help` prints `description` and every group with its options. A mistake on the command line, or a ValueError or
-    OSError of the run, ends it with one line on stderr and exit status 2. In a sweep (`-m`) each job gets its own
-    folder, named after its overrides, inside the one that the key `folder` names. Keys in `texts` take the rest of
-    their word as it is: prompt="a dog, running" needs no quotes inside the shell's. `expand` may put words in front of
-    those that were typed.
+    OSError of the run, ends it with one line on stderr and exit status 2. In a sweep (`-m` or `sweep=NAME`) each job
+    is this command again, with a folder of its own as the key `folder`. Keys in `texts` take the rest of their word as
+    it is: prompt="a dog, running" needs no quotes inside the shell's. `expand` may put words in front of those that
+    were typed.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
@@ -69,9 +71,12 @@ def command(
                 stop_together(str(error))
             ahead = words[: len(words) - len(arguments)]
             typed = [quoted(argument, texts) for argument in arguments]
+            if _asks_for_sweep(typed):
+                _run_sweep(main, config_name, folder, typed, ahead=tuple(ahead), texts=texts)
+                return
             first = next((i for i, word in enumerate(typed) if "=" in word and not word.startswith("-")), 0)
             sys.argv[1:] = [*typed[:first], *ahead, *typed[first:]]  # flags may not part Hydra's words
-            _run_hydra(main, config_name, folder, ahead)
+            _run_hydra(main, config_name)
 
         return run
 
@@ -93,12 +98,62 @@ def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
     return f'{key}="{escaped}"'
 
 
-def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead: Sequence[str]) -> None:
+def _asks_for_sweep(arguments: Sequence[str]) -> bool:
+    from diffusion.sweep.run import is_sweep
+
+    return is_sweep(arguments)
+
+
+def _run_sweep(
+    main: Callable[[Any], None],
+    config_name: str,
+    folder: str,
+    typed: list[str],
+    *,
+    ahead: tuple[str, ...],
+    texts: tuple[str, ...],
+) -> None:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from diffusion.sweep.plugins import explain_missing
+    from diffusion.sweep.run import Command, run_sweep
+
+    warnings.formatwarning = format_warning
+    line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = Command(config_name, folder, _start_of(main), line, texts=texts, ahead=ahead)
+    try:
+        status = run_sweep(command, typed)
+    except (HydraException, OmegaConfBaseException) as error:
+        if _wants_traceback():
+            raise
+        stop_together(explain_missing(error) or diagnose(typed, config_name) or explain(error))
+    except (ValueError, OSError) as error:
+        if _wants_traceback():
+            raise
+        stop_together(explain(error))
+    if status:
+        raise SystemExit(status)
+
+
+def _start_of(main: Callable[[Any], None]) -> tuple[str, ...]:
+    """Return what follows the interpreter in a command line that runs this command."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if main.__module__ == "__main__" and spec is not None:
+        return "-m", spec.name
+    return (os.path.abspath(inspect.getfile(main)),)
+
+
+def _wants_traceback() -> bool:
+    return any(os.environ.get(name, "0") not in ("", "0") for name in TRACEBACK_VARIABLES)
+
+
+def _run_hydra(main: Callable[[Any], None], config_name: str) -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    verbose = any(os.environ.get(name, "0") not in ("", "0") for name in TRACEBACK_VARIABLES)
+    verbose = _wants_traceback()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
     warnings.formatwarning = format_warning
     # Ours stand in front of the plugins' own, on purpose: configs/hydra/launcher/{joblib,ray}.yaml.
@@ -107,13 +162,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead
     @wraps(main)
     def job(cfg: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
 
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-        if sweeping:
-            added = {word.partition("=")[0] for word in ahead}
-            typed = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in added]
-            cfg[folder] = str(Path(cfg[folder]) / sweep_folder(typed, folder))
         typed_wrong = True
         try:
             check_complete(cfg)
@@ -121,7 +170,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str, folder: str, ahead
             typed_wrong = False
             main(cfg)
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-            if verbose or sweeping:  # a sweep runs its other jobs first; Hydra then names the job that failed
+            if verbose:
                 raise
             if typed_wrong:
                 stop_together(explain(error))
@@ -193,12 +242,6 @@ def typed_words() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task)
-
-
-def sweep_folder(overrides: list[str], folder: str) -> str:
-    """Return the folder name of one job of a sweep: its overrides, so that a folder says what is in it."""
-    kept = [text.replace("/", "_").replace(" ", "") for text in overrides if not text.startswith(f"{folder}=")]
-    return ",".join(kept)[:200] or "default"
 
 
 def help_text(config_name: str, description: str) -> str:

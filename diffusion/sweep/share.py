@@ -1,21 +1,29 @@
-"""How are the cores of a machine divided among the jobs of a sweep that run on it at a time? Nothing imports torch."""
+"""How are the cores and GPUs of a machine divided among the jobs of a sweep that run on it at a time?
+
+Nothing here imports torch.
+"""
 
 import os
-import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from diffusion.sweep.gpus import visible_gpus, wanted_gpus
 
 
 class Share(NamedTuple):
-    """How many jobs run at a time, and on how many of the machine's cores each."""
+    """How many jobs run at a time, on how many of the machine's cores each, and the GPUs that they share."""
 
     jobs: int
     threads: int
     cores: int
+    gpus: tuple[str, ...]
 
 
-def divide(launcher: Mapping[str, Any], num_jobs: int) -> Share | None:
-    """Return what a job gets of this machine; None where its launcher takes care of that, or runs one at a time."""
+def divide(cfg: Any, num_jobs: int) -> Share | None:
+    """Return what a job gets of this machine; None where its launcher takes care of that, or runs one at a time.
+
+    `cfg` is the config of the sweep, Hydra's part included.
+    """
+    launcher = cfg.hydra.launcher
     kind = str(launcher.get("_target_", "")).rpartition(".")[2]
     if kind == "JoblibLauncher":
         import joblib
@@ -25,8 +33,11 @@ def divide(launcher: Mapping[str, Any], num_jobs: int) -> Share | None:
         at_a_time, cores = num_jobs, available_cores()
     else:
         return None
+    gpus = visible_gpus()
+    if wanted := wanted_gpus(cfg, len(gpus)):
+        at_a_time = min(at_a_time, len(gpus) // wanted)
     jobs = max(1, min(at_a_time, num_jobs))
-    return Share(jobs, max(1, cores // jobs), cores)
+    return Share(jobs, max(1, cores // jobs), cores, gpus if wanted else ())
 
 
 def available_cores() -> int:
@@ -36,23 +47,16 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def environment_of_jobs(launcher: Mapping[str, Any], num_jobs: int) -> dict[str, str]:
-    """Return what the environment of each job says about threads, and tell it in a line.
-
-    What the user has set stays; `threads=` of a job beats both.
-    """
-    share = divide(launcher, num_jobs)
-    if share is None:
-        return {}
-    each = f"{share.threads} of {share.cores} core{'s' if share.cores > 1 else ''} each"
-    if "OMP_NUM_THREADS" in os.environ:
-        each = f"{os.environ['OMP_NUM_THREADS']} thread(s) each (OMP_NUM_THREADS)"
-    print(f"{share.jobs} job{'s' if share.jobs > 1 else ''} at a time, {each}", file=sys.stderr)
-    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share.threads)}
+def in_words(share: Share) -> str:
+    """Return one line about a share."""
+    threads = os.environ.get("OMP_NUM_THREADS") or share.threads
+    gpus = f", {len(share.gpus)} GPUs shared" if share.gpus else ""
+    many = "s" if share.jobs > 1 else ""
+    return f"{share.jobs} job{many} at a time, each with {threads} of {share.cores} cores{gpus}"
 
 
-def job_environment() -> dict[str, str]:
-    """Return the environment that a job gets from the process that starts it.
+def job_environment(threads: int | None = None) -> dict[str, str]:
+    """Return the environment that a job gets from the process that starts it; a number of threads set there stays.
 
     Slurm's one task is not the whole of a job that trains on several devices: Lightning starts the other ranks, unless
     it finds the number of Slurm's.
@@ -61,6 +65,6 @@ def job_environment() -> dict[str, str]:
     if environment.get("SLURM_NTASKS") == "1":
         for name in [name for name in environment if name.startswith("SLURM_NTASKS")]:
             del environment[name]
-    if "SLURM_CPUS_PER_TASK" in environment:
-        environment.setdefault("OMP_NUM_THREADS", environment["SLURM_CPUS_PER_TASK"])
+    if threads := threads or environment.get("SLURM_CPUS_PER_TASK"):
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
