@@ -119,7 +119,7 @@ def _run_sweep(
     from diffusion.sweep.plugins import explain_missing
     from diffusion.sweep.run import Command, run_sweep
 
-    warnings.formatwarning = format_warning
+    _word_warnings()
     line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     command = Command(config_name, folder, _start_of(main), line, texts=texts, ahead=ahead)
     try:
@@ -155,9 +155,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str) -> None:
 
     verbose = _wants_traceback()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
-    warnings.formatwarning = format_warning
-    # Ours stand in front of the plugins' own, on purpose: configs/hydra/launcher/{joblib,ray}.yaml.
-    warnings.filterwarnings("ignore", message=r"(?s).*hydra/\w+/\w+' is validated against ConfigStore schema")
+    _word_warnings()
 
     @wraps(main)
     def job(cfg: Any) -> None:
@@ -229,6 +227,12 @@ def stop_together(message: str, *, traceback_hint: bool = False) -> NoReturn:
         time.sleep(2)  # torchrun ends all processes when one has ended; the first is to finish its sentence
         raise SystemExit(MISTAKE)
     stop(message, traceback_hint=traceback_hint)
+
+
+def _word_warnings() -> None:
+    warnings.formatwarning = format_warning
+    # Ours stand in front of the plugins' own, on purpose: configs/hydra/launcher/{joblib,ray}.yaml.
+    warnings.filterwarnings("ignore", message=r"(?s).*hydra/\w+/\w+' is validated against ConfigStore schema")
 
 
 def format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:

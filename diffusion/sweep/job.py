@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from diffusion.files import atomic_write
 from diffusion.requeue import signal_for_launcher
 from diffusion.run_folder import STATUS, Status, first_process, read_status, write_status
 from diffusion.sweep.folder import LOG_FILE, OVERRIDES_FILE, SWEEP_FILE, folder_names, read_sweep
+from diffusion.sweep.gpus import held_gpus, wanted_gpus
 from diffusion.sweep.share import job_environment
 
 DONE = ("finished", "pruned")  # states after which a job is not begun again
@@ -55,12 +56,15 @@ class JobProcess:
     keys: tuple[str, ...]  # what is varied, for the folders of a search, whose jobs sweep.yaml cannot name beforehand
     objective: str | None = None  # a column of metrics.csv
     owner: int = 0  # the id of the sweep's own process, which takes care of signals itself
-    environment: tuple[tuple[str, str], ...] = ()  # what is added to that of a job: its share of the machine
+    environment: tuple[tuple[str, str], ...] = ()  # what is added to that of a job: its share of the cores
+    gpus: tuple[str, ...] = ()  # those that all jobs share
 
     def __call__(self, cfg: Any = None) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
-        return self.run(list(HydraConfig.get().overrides.task))
+        words = list(HydraConfig.get().overrides.task)
+        with held_gpus(self.gpus, wanted_gpus(cfg, len(self.gpus)) if self.gpus else 0) as environment:
+            return replace(self, environment=(*self.environment, *environment.items())).run(words)
 
     @property
     def root(self) -> Path:

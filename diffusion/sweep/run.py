@@ -21,6 +21,7 @@ from diffusion.sweep.folder import SWEEP_FILE, Job, as_mapping, folder_names, jo
 from diffusion.sweep.job import DONE, STOP_FILE, JobProcess, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
+from diffusion.sweep.share import with_share
 from diffusion.sweep.words import NEW_FOLDER, Plan, check_named, named_sweep, plan
 
 FAILED = 1  # the exit status of a sweep that ran to its end, but not all of its jobs did
@@ -218,6 +219,7 @@ def _grid(
     if not wanted:
         print(f"nothing is left to run; {NEW_FOLDER}", file=sys.stderr)
         return None
+    job = with_share(job, cfg, len(wanted))
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=job, config=cfg)
     size = cfg.hydra.sweeper.get("max_batch_size") or len(wanted)
     with Watch(labels):
@@ -236,6 +238,7 @@ def _search(cfg: Any, context: Any, job: JobProcess, todo: Plan) -> Exception | 
     from hydra.core.plugins import Plugins
 
     print(f"a search in {todo.sweep_dir}", file=sys.stderr)
+    job = with_share(job, cfg, cfg.hydra.sweeper.get("n_jobs") or 1)
     sweeper = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=job)
     try:
         sweeper.sweep(arguments=list(todo.words))

@@ -4,9 +4,18 @@ Nothing here imports torch.
 """
 
 import os
-from typing import Any, NamedTuple
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion.sweep.gpus import visible_gpus, wanted_gpus
+
+if TYPE_CHECKING:
+    from diffusion.sweep.job import JobProcess
+
+
+# What tells PyTorch and what it computes with how many threads to use; joblib sets all of them in its workers.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class Share(NamedTuple):
@@ -16,6 +25,25 @@ class Share(NamedTuple):
     threads: int
     cores: int
     gpus: tuple[str, ...]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the environment of a job says about threads: what the user has said, or its share."""
+        return {name: os.environ.get(name, str(self.threads)) for name in THREADS}
+
+    def __str__(self) -> str:
+        gpus = f", {len(self.gpus)} GPUs shared" if self.gpus else ""
+        cores = f"{self.environment[THREADS[0]]} of {self.cores} cores"
+        return f"{self.jobs} job{'s' if self.jobs > 1 else ''} at a time, each with {cores}{gpus}"
+
+
+def with_share(job: "JobProcess", cfg: Any, num_jobs: int) -> "JobProcess":
+    """Return the job with what it gets of this machine where up to `num_jobs` run, and say in a line what that is."""
+    share = divide(cfg, num_jobs)
+    if share is None:
+        return job
+    print(share, file=sys.stderr)
+    return replace(job, environment=tuple(share.environment.items()), gpus=share.gpus)
 
 
 def divide(cfg: Any, num_jobs: int) -> Share | None:
@@ -47,16 +75,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def in_words(share: Share) -> str:
-    """Return one line about a share."""
-    threads = os.environ.get("OMP_NUM_THREADS") or share.threads
-    gpus = f", {len(share.gpus)} GPUs shared" if share.gpus else ""
-    many = "s" if share.jobs > 1 else ""
-    return f"{share.jobs} job{many} at a time, each with {threads} of {share.cores} cores{gpus}"
-
-
-def job_environment(threads: int | None = None) -> dict[str, str]:
-    """Return the environment that a job gets from the process that starts it; a number of threads set there stays.
+def job_environment() -> dict[str, str]:
+    """Return the environment that a job gets from the process that starts it.
 
     Slurm's one task is not the whole of a job that trains on several devices: Lightning starts the other ranks, unless
     it finds the number of Slurm's.
@@ -65,6 +85,6 @@ def job_environment(threads: int | None = None) -> dict[str, str]:
     if environment.get("SLURM_NTASKS") == "1":
         for name in [name for name in environment if name.startswith("SLURM_NTASKS")]:
             del environment[name]
-    if threads := threads or environment.get("SLURM_CPUS_PER_TASK"):
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    if "SLURM_CPUS_PER_TASK" in environment:
+        environment.setdefault(THREADS[0], environment["SLURM_CPUS_PER_TASK"])
     return environment
