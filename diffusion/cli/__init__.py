@@ -16,6 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffusion import latent_facts
 from diffusion.cli.composing import CONFIGS, LISTS, composed, defaults_of, flat, list_of, options_of, plain
 from diffusion.cli.mistakes import check_complete, check_types, diagnose, explain, nearest_keys, refuse_unknown_flags
 from diffusion.run_name import run_named
@@ -84,14 +85,15 @@ def command(
 
 
 def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
-    """Quote a value for Hydra's grammar where it must mean itself: a text, and anything with "=" in it, such as a path.
+    """Quote a value for Hydra's grammar where it must mean itself: a text, and anything with "=" or "{" in it.
 
     What is quoted, a list, a choice for a sweep, null or a reference already stays as it is.
     """
     key, equals, value = argument.partition("=")
     if not equals or value in ("", "null") or value.startswith(("[", "{", '"', "'", "${")) or argument.startswith("-"):
         return argument
-    if key not in texts and ("=" not in value or "," in value or "(" in value):
+    braces = "{" in value.replace("${", "")  # of shards{000..123}.tar, which Hydra would take for a dictionary
+    if key not in texts and (not (braces or "=" in value) or "," in value or "(" in value):
         return argument
     # Hydra reads a backslash as itself, except in front of a quote.
     escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value))
@@ -153,6 +155,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    latent_facts.register()
     verbose = _wants_traceback()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
     _word_warnings()
@@ -230,9 +233,10 @@ def stop_together(message: str, *, traceback_hint: bool = False) -> NoReturn:
 
 
 def _word_warnings() -> None:
+    from diffusion.sweep.plugins import let_ours_stand_first
+
     warnings.formatwarning = format_warning
-    # Ours stand in front of the plugins' own, on purpose: configs/hydra/launcher/{joblib,ray}.yaml.
-    warnings.filterwarnings("ignore", message=r"(?s).*hydra/\w+/\w+' is validated against ConfigStore schema")
+    let_ours_stand_first()
 
 
 def format_warning(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:

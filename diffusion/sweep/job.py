@@ -27,8 +27,10 @@ from diffusion.requeue import signal_for_launcher
 from diffusion.run_folder import STATUS, Status, first_process, read_status, write_status
 from diffusion.sweep.folder import LOG_FILE, OVERRIDES_FILE, SWEEP_FILE, folder_names, read_sweep
 from diffusion.sweep.gpus import held_gpus, wanted_gpus
+from diffusion.sweep.plugins import let_ours_stand_first
 from diffusion.sweep.share import job_environment
 
+let_ours_stand_first()  # in each process that is handed a job, before Hydra composes the job's config there
 DONE = ("finished", "pruned")  # states after which a job is not begun again
 STOP_FILE = ".stop"  # in the sweep's folder: the number of the signal that all its jobs are to get, also on other hosts
 PULSE = 0.2  # seconds between two looks at the job

@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 import importlib.util
 import re
+import warnings
 from typing import Any
 
 # Packages of `hydra_plugins`, and the extra of pyproject.toml that brings each.
@@ -21,11 +22,17 @@ OPTIONS = {
         "ray": "ray",
         "ray_aws": "ray",
         "slurm": "slurm",
+    "slurm_local": "slurm",
         "submitit_local": "slurm",
         "submitit_slurm": "slurm",
     },
     "sweeper": {"optuna": "optuna"},
 }
+
+
+def let_ours_stand_first() -> None:
+    """Silence what Hydra says about configs of the plugins' own names: configs/hydra/launcher/{joblib,ray}.yaml."""
+    warnings.filterwarnings("ignore", message=r"(?s).*hydra/\w+/\w+' is validated against ConfigStore schema")
 
 
 def install_command(extra: str) -> str:

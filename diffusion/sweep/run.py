@@ -298,7 +298,7 @@ def conclude(
     else:
         jobs = jobs[: len(todo.jobs)]
     print(table({f"[{i}/{len(jobs)}] {job.folder.name}": job for i, job in enumerate(jobs, 1)}), file=sys.stderr)
-    if trouble is not None:
+    if trouble is not None and not signals:  # a pool that is told to stop complains
         text = " ".join(str(trouble).split())
         print(f"error: the launcher failed: {type(trouble).__name__}: {text[:500]}", file=sys.stderr)
     done = sum(job.status is not None and job.status.state in DONE for job in jobs)
