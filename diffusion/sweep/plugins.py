@@ -22,7 +22,7 @@ OPTIONS = {
         "ray": "ray",
         "ray_aws": "ray",
         "slurm": "slurm",
-    "slurm_local": "slurm",
+        "slurm_local": "slurm",
         "submitit_local": "slurm",
         "submitit_slurm": "slurm",
     },
