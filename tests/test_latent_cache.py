@@ -157,13 +157,13 @@ def test_a_run_with_a_cache_has_the_losses_of_one_without_and_may_change_over_in
 def test_the_files_can_be_mapped_by_anybody(tmp_path):
     model = autoencoder()
     data = cached(Mirrored(), model, tmp_path)
-    stored = np.load(tmp_path / "train.moments.npy", mmap_mode="r")
+    stored = np.load(tmp_path / "train-00000.moments.npy", mmap_mode="r")
     assert stored.shape == (30, 2, 4, 4, 4) and stored.dtype == np.float32  # images, sides, 2C, h, w
     images = data.train_set.samples(list(range(30)))["image"]
     for side, view in enumerate((images, images.flip(-1))):
         torch.testing.assert_close(torch.from_numpy(stored[:, side].copy()), encode_moments(model, view))
-    assert np.load(tmp_path / "train.label.npy").tolist() == data.train_set.labels.tolist()
-    assert np.load(tmp_path / "val.moments.npy").shape == (7, 1, 4, 4, 4)
+    assert np.load(tmp_path / "train-00000.label.npy").tolist() == data.train_set.labels.tolist()
+    assert np.load(tmp_path / "val-00000.moments.npy").shape == (7, 1, 4, 4, 4)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["rows"] == {"train": 30, "val": 7} and manifest["dtype"] == "float32"
     assert not (tmp_path / "progress.json").exists()
@@ -173,7 +173,7 @@ def test_float16_halves_the_size_and_rounds(tmp_path):
     model = autoencoder()
     cached(Mirrored(), model, tmp_path / "wide")
     data = cached(Mirrored(), model, tmp_path / "narrow", dtype="float16")
-    wide, narrow = (np.load(tmp_path / name / "train.moments.npy", mmap_mode="r") for name in ("wide", "narrow"))
+    wide, narrow = (np.load(tmp_path / name / "train-00000.moments.npy", mmap_mode="r") for name in ("wide", "narrow"))
     assert narrow.nbytes == wide.nbytes / 2
     assert_same_batches(data.train_dataloader(), Mirrored().train_dataloader(), model, atol=2e-3)
     cached(Mirrored(), model, tmp_path / "narrow", dtype="float32")  # what is there serves, however it was stored
@@ -197,7 +197,7 @@ def test_latents_that_cannot_be_stored_are_refused(tmp_path):
 def test_a_vq_autoencoder_gives_its_latents_before_quantising_and_no_noise(tmp_path, scale_factor):
     model = autoencoder(VQAutoencoder, num_codes=16, scale_factor=scale_factor)
     data = cached(Mirrored(flip=False), model, tmp_path)
-    assert np.load(tmp_path / "train.moments.npy").shape == (30, 1, 2, 4, 4)  # no log-variances on the disk
+    assert np.load(tmp_path / "train-00000.moments.npy").shape == (30, 1, 2, 4, 4)  # no log-variances on the disk
     batch, plain = (next(iter(each.train_dataloader())) for each in (data, Mirrored(flip=False)))
     mean, logvar = batch["moments"].chunk(2, dim=1)
     torch.testing.assert_close(model.normalise(mean), model.encode(plain["image"]))

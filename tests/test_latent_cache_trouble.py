@@ -138,8 +138,8 @@ def test_a_killed_build_is_no_cache_and_goes_on_where_it_was(tmp_path, monkeypat
     stop_build(tmp_path / "broken", monkeypatch, after=after)
     assert not (tmp_path / "broken" / "manifest.json").exists()
     with pytest.raises(ValueError):  # half an array is none
-        np.load(tmp_path / "broken" / "train.moments.npy", mmap_mode="r")
-    with open(tmp_path / "broken" / "train.label.npy", "ab") as file:  # written, but not noted before the end
+        np.load(tmp_path / "broken" / "train-00000.moments.npy", mmap_mode="r")
+    with open(tmp_path / "broken" / "train-00000.label.npy", "ab") as file:  # written, but not noted before the end
         file.write(b"x" * 999)
     model, encoded = autoencoder(), []
     moments = model.moments
@@ -271,8 +271,11 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: os.truncate(folder / "train.moments.npy", 5000), r"train\.moments\.npy is missing or damaged"),
-        (lambda folder: (folder / "val.label.npy").unlink(), r"val\.label\.npy is missing or damaged"),
+        (
+            lambda folder: os.truncate(folder / "train-00000.moments.npy", 5000),
+            r"train-00000\.moments\.npy is missing or damaged",
+        ),
+        (lambda folder: (folder / "val-00000.label.npy").unlink(), r"val-00000\.label\.npy is missing or damaged"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not that of a latent cache"),
         (lambda folder: edit(folder, format_version=9), "has format 9, this package reads 1; update it"),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion import latent_facts
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LISTS = {"sampler": ("sampler_list", "listing")}  # groups whose options a function makes a table of, for `group=` alone
 
@@ -39,6 +41,7 @@ def compose(config_name: str, overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    latent_facts.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose(config_name, overrides=overrides)

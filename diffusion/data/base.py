@@ -57,7 +57,7 @@ class ImageData(LightningDataModule):
         self.broken = BrokenSamples(max_broken)
         self.train_set: ImageSet | None = None
         self.val_set: ImageSet | None = None
-        self._instead: dict[str, KeyedSet] = {}
+        self.served: dict[str, KeyedSet] = {}  # in place of the sets, see `serve`
         self._train_loader: EpochLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -86,12 +86,12 @@ class ImageData(LightningDataModule):
         for name, served, images in (("train", train, self.train_set), ("val", val, self.val_set)):
             if len(served) != len(images):
                 raise ValueError(f"{len(served)} samples cannot stand for the {len(images)} images of the {name} set")
-        self._instead = {"train": train, "val": val}
+        self.served = {"train": train, "val": val}
 
     def train_dataloader(self) -> EpochLoader:
         """The shuffled training set; each `iter` is the next epoch, and the first one after a resume its rest."""
         self._ensure_setup()
-        dataset = self._instead.get("train", self.train_set)
+        dataset = self.served.get("train", self.train_set)
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # then every epoch is epoch 0
         loader = self._loader(dataset, drop_last=True, reshuffle=not overfit)
         if not len(loader):
@@ -107,7 +107,7 @@ class ImageData(LightningDataModule):
     def val_dataloader(self) -> EpochLoader:
         """The validation set in its own order, all of it."""
         self._ensure_setup()
-        return self._loader(self._instead.get("val", self.val_set), drop_last=False, shuffle=False)
+        return self._loader(self.served.get("val", self.val_set), drop_last=False, shuffle=False)
 
     def _ensure_setup(self) -> None:
         """Do what Lightning's trainer would have done, for use without one."""

@@ -1,6 +1,7 @@
-"""How is a folder filled with an autoencoder's answers, so that a stopped build goes on and never passes for complete?
+"""How is a folder filled with frozen networks' answers, so that a stopped build goes on and never passes for complete?
 
-Rows are appended in order; `progress.json` says how many the disk surely has, `manifest.json` comes last.
+Rows are appended in order, shard after shard; `progress.json` says how many the disk surely has, `manifest.json` comes
+last.
 """
 
 import errno
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffusion.checkpoint import atomic_write, package_version
+from diffusion.conditioner import Conditioner
 from diffusion.data.batches import collated
-from diffusion.data.images import ImageSet, KeyedSet
+from diffusion.data.images import BROKEN, ImageSet, KeyedSet
 from diffusion.data.listing import some
-from diffusion.data.table import TEXT, Column, TableWriter
+from diffusion.data.table import TEXT, Column, TableWriter, shard_name
+from diffusion.latent_facts import MANIFEST  # is there when all else is
 from diffusion.latents import encode_moments, is_deterministic
 from diffusion.progress import WorkBar
+from diffusion.stored_condition import stored_entries
 
 FORMAT = "diffusion-latents"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"  # is there when all else is
+FORMAT_VERSION = 2
 PROGRESS = "progress.json"  # is there until then
 LOCK = ".lock"
 DTYPES = ("float32", "float16")
 SECONDS_A_SAVE = 30.0  # what a killed build loses at most
+SHARD_BYTES = 2**30  # the most of a shard's largest file, so that folders can be copied and files be stored anywhere
 
 
 class LatentBuild:
-    """Fill a folder with the latents of several sets, from wherever an earlier attempt was stopped."""
+    """Fill a folder with the latents of several sets, from wherever an earlier attempt was stopped.
+
+    With a `conditioner` (frozen) rows hold its answers to the captions, too. `about` is kept in the manifest.
+    """
 
     def __init__(
         self,
@@ -45,14 +53,23 @@ class LatentBuild:
         autoencoder: nn.Module,
         made_from: Mapping[str, Any],
         dtype: str | None,
+        *,
+        conditioner: Conditioner | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         if dtype not in (None, *DTYPES):
             raise ValueError(f"latents are stored as {' or '.join(DTYPES)}, not as {dtype!r}")
-        self.folder, self.sets, self.autoencoder = folder, sets, autoencoder
+        self.folder, self.sets, self.autoencoder, self.conditioner = folder, sets, autoencoder, conditioner
+        self.about = dict(about or {})
         self.begun = _begun(folder, made_from, dtype)
         self.done: dict[str, int] = self.begun["done"]
         self.columns = {name: self._columns(images) for name, images in sets.items()}
+        self.begun.setdefault("shard_rows", self._shard_rows())
         self._check_space()
+
+    def _shard_rows(self) -> int:
+        columns = [column for each in self.columns.values() for column in each.values()]
+        return max(1, SHARD_BYTES // max(column.row_bytes for column in columns))
 
     @property
     def total(self) -> int:
@@ -62,15 +79,15 @@ class LatentBuild:
         """Encode what is missing; the manifest, written last, makes the folder a cache."""
         with self._writing():
             _save(self.folder / PROGRESS, self.begun)
-        home = next(self.autoencoder.parameters()).device
-        self.autoencoder.to(device)
+        modules = [module for module in (self.autoencoder, self.conditioner) if module is not None]
+        homes = [_device(module) for module in modules]
         bar = WorkBar(self.total, sum(self.done.values()), doing="encoding", done="encoded")
         try:
+            for module in modules:
+                module.to(device)
             with bar:
-                for name, images in self.sets.items():
-                    loader = _in_order(images, self.done[name], batch_size, num_workers, pin=device.type == "cuda")
-                    encoded = (self._encode(name, batch, device, precision) for batch in loader)
-                    self._write(name, encoded, bar)
+                for name in self.sets:
+                    self._fill(name, bar, batch_size, (device, precision), num_workers)
         except KeyboardInterrupt:
             print(
                 f"stopped; the latents of {sum(self.done.values())} of {self.total} images are kept in {self.folder}, "
@@ -79,34 +96,49 @@ class LatentBuild:
             )
             raise SystemExit(128 + 2) from None
         finally:
-            self.autoencoder.to(home)
+            for module, home in zip(modules, homes, strict=True):
+                module.to(home)
         with self._writing():
             _save(self.folder / MANIFEST, self._manifest())
             (self.folder / PROGRESS).unlink()
 
-    def _write(self, name: str, encoded: Iterator[dict[str, Any]], bar: WorkBar) -> None:
-        """Append rows to one table, noting now and then on disk how many it surely has."""
+    def _fill(self, name: str, bar: WorkBar, batch_size: int, how: tuple[Any, Any], num_workers: int) -> None:
+        """Write what is missing of one set, shard after shard."""
+        images, device = self.sets[name], how[0]
+        for number, begin in enumerate(range(0, len(images), self.begun["shard_rows"])):
+            end = min(begin + self.begun["shard_rows"], len(images))
+            if self.done[name] < end:
+                rows = range(max(begin, self.done[name]), end)
+                loader = _in_order(images, rows, batch_size, num_workers, pin=device.type == "cuda")
+                encoded = (self._encode(name, batch, *how) for batch in loader)
+                self._write(name, number, begin, end, encoded, bar)
+
+    def _write(
+        self, name: str, number: int, begin: int, end: int, encoded: Iterator[dict[str, Any]], bar: WorkBar
+    ) -> None:
+        """Append rows to one shard, noting now and then on disk how many it surely has."""
         with self._writing():
-            writer = TableWriter(self.folder, name, len(self.sets[name]), self.columns[name], done=self.done[name])
+            done = max(self.done[name] - begin, 0)
+            writer = TableWriter(self.folder, shard_name(name, number), end - begin, self.columns[name], done=done)
         try:
             saved = time.monotonic()
             for rows in encoded:
                 with self._writing():
                     writer.append(rows)
                     if time.monotonic() - saved >= SECONDS_A_SAVE:
-                        self._save_progress(name, writer)
+                        self._save_progress(name, begin, writer)
                         saved = time.monotonic()
                 bar.advance(len(rows["moments"]))
             with self._writing():
-                self._save_progress(name, writer)
+                self._save_progress(name, begin, writer)
         except KeyboardInterrupt:
-            self._save_progress(name, writer)
+            self._save_progress(name, begin, writer)
             raise
         finally:
             writer.close()
 
-    def _save_progress(self, name: str, writer: TableWriter) -> None:
-        self.done[name] = writer.sync()
+    def _save_progress(self, name: str, begin: int, writer: TableWriter) -> None:
+        self.done[name] = begin + writer.sync()
         _save(self.folder / PROGRESS, self.begun)
 
     def _encode(
@@ -118,16 +150,26 @@ class LatentBuild:
         moments = torch.stack([encode_moments(self.autoencoder, side, precision) for side in sides], dim=1)
         if is_deterministic(self.autoencoder):
             moments = moments.chunk(2, dim=2)[0]
+        told = {} if self.conditioner is None else stored_entries(self.conditioner, batch)
+        batch.pop(BROKEN, None)  # has been told by a warning
+        found = {"moments": self._stored(moments, "latents", "the autoencoder")}
+        found |= {key: self._stored(value, "text embeddings", "the conditioner") for key, value in told.items()}
+        return found | {key: _rows(key, value) for key, value in batch.items()}
+
+    def _stored(self, values: Tensor, what: str, who: str) -> np.ndarray:
+        """Return values as the cache stores them. Raises ValueError where that loses them."""
+        if not values.is_floating_point():
+            return values.cpu().numpy()
         with np.errstate(over="ignore"):  # is seen below
-            stored = moments.cpu().numpy().astype(self.begun["dtype"])
+            stored = values.float().cpu().numpy().astype(self.begun["dtype"])
         if not np.isfinite(stored).all():
-            finite = bool(moments.isfinite().all())
+            finite = bool(values.isfinite().all())
             raise ValueError(
-                "the latents are too large for float16; build the cache in float32"
+                f"the {what} are too large for float16; build the cache in float32"
                 if finite
-                else "the autoencoder gives latents that are not finite; it cannot be used for training"
+                else f"{who} gives {what} that are not finite; it cannot be used for training"
             )
-        return {"moments": stored, **{key: _rows(key, value) for key, value in batch.items()}}
+        return stored
 
     def _columns(self, images: ImageSet) -> dict[str, Column]:
         """Say what a row of this set's table is, by its first sample."""
@@ -137,6 +179,10 @@ class LatentBuild:
             channels *= 2
         sides = 2 if images.horizontal_flip else 1
         columns = {"moments": Column(self.begun["dtype"], (sides, channels, *size))}
+        batch.pop(BROKEN, None)
+        for key, value in ({} if self.conditioner is None else stored_entries(self.conditioner, batch)).items():
+            dtype = self.begun["dtype"] if value.is_floating_point() else "bool"
+            columns[key] = Column(dtype, tuple(value.shape[1:]))
         for key, value in batch.items():
             rows = _rows(key, value)
             columns[key] = Column(TEXT) if isinstance(rows, list) else Column(str(rows.dtype), rows.shape[1:])
@@ -171,6 +217,7 @@ class LatentBuild:
     def _manifest(self) -> dict[str, Any]:
         return {
             **{key: value for key, value in self.begun.items() if key != "done"},
+            **self.about,
             "deterministic": is_deterministic(self.autoencoder),
             "rows": {name: len(images) for name, images in self.sets.items()},
             "columns": self.columns,
@@ -217,10 +264,13 @@ class _Unmirrored(Dataset):
         return self.images.samples(list(indices))
 
 
-def _in_order(images: KeyedSet, start: int, batch_size: int, num_workers: int, *, pin: bool) -> DataLoader:
-    """Load all samples from `start` on."""
-    ends = [*range(start + batch_size, len(images), batch_size), len(images)]
-    batches = [range(begin, end) for begin, end in zip([start, *ends], ends, strict=False) if begin < end]
+def _device(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device
+
+
+def _in_order(images: KeyedSet, rows: range, batch_size: int, num_workers: int, *, pin: bool) -> DataLoader:
+    """Load these samples one after the other."""
+    batches = [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
     return DataLoader(
         _Unmirrored(images),
         batch_sampler=batches,
@@ -264,7 +314,13 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_other(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+OTHER_FOLDER = (
+    "Name another folder (latent_cache=DIR), which is then filled, or delete this one and run again; latent_cache=null "
+    "encodes in each step"
+)
+
+
+def refuse_other(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], advice: str = OTHER_FOLDER) -> None:
     """Raise one ValueError that names everything in which a cache differs from what is asked for."""
     changed = [
         f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}"
@@ -272,11 +328,7 @@ def refuse_other(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
         if old.get(name) != new.get(name)
     ]
     if changed:
-        raise ValueError(
-            f"the latent cache {folder} was made from something else: {some(changed)}. Name another folder "
-            "(latent_cache=DIR), which is then filled, or delete this one and run again; latent_cache=null encodes in "
-            "each step"
-        )
+        raise ValueError(f"the latent cache {folder} was made from something else: {some(changed)}. {advice}")
 
 
 def _short(value: Any) -> Any:

@@ -1,14 +1,15 @@
 """How does a run train on latents without encoding an image twice? Its datamodule serves them from a folder.
 
-Rows hold mean and log-variance before scaling, for an image and, where the data mirror, for its mirror, and all other
-entries of the batches. The folder says what it was made from, and is refused when that has changed.
+Rows hold mean and log-variance before scaling, for an image and, where the data mirror, for its mirror; what a frozen
+text encoder says of its caption; and all other entries of the batches. The folder says what it was made from, and is
+refused when that has changed.
 """
 
 import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,33 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.checkpoint import weights_hash
+from diffusion.conditioner import Conditioner
 from diffusion.data.base import ImageData
-from diffusion.data.images import ImageSet, KeyedSet
+from diffusion.data.images import KeyedSet, digest
 from diffusion.data.latent_build import LOCK, MANIFEST, LatentBuild, exists, read, refuse_other
-from diffusion.data.table import TEXT, Column, Table
+from diffusion.data.table import TEXT, Column, ShardedTable
 from diffusion.latents import NO_NOISE
 
 PIXELS_A_BATCH = 2**20  # encoded at once: 16 images of 256x256
 
 
 class LatentSet(KeyedSet):
-    """What an autoencoder said of an `ImageSet`: "moments" (B, 2C, h, w) float32, unscaled, in place of "image"."""
+    """What frozen networks said of an `ImageSet`: "moments" (B, 2C, h, w) float32, unscaled, in place of "image".
+
+    Answers to captions are "condition.context" (B, L, D) and the like; those of `leave_out` are not read.
+    """
 
     def __init__(
-        self, table: Table, *, deterministic: bool = False, seed: int = 0, horizontal_flip: bool = False
+        self,
+        table: ShardedTable,
+        *,
+        deterministic: bool = False,
+        seed: int = 0,
+        horizontal_flip: bool = False,
+        leave_out: Collection[str] = (),
     ) -> None:
         super().__init__(seed=seed, horizontal_flip=horizontal_flip)
-        self.table, self.deterministic = table, deterministic
+        self.table, self.deterministic, self.leave_out = table, deterministic, frozenset(leave_out)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -42,18 +53,21 @@ class LatentSet(KeyedSet):
     def samples(self, indices: Sequence[int], mirrored: Tensor | None = None) -> dict[str, Any]:
         """Return "moments" (B, 2C, h, w) float32, of mirrored images where `mirrored` (B,) says so, and the rest."""
         rows = np.asarray(indices)
-        side = 0 if mirrored is None else mirrored.numpy().astype(np.int64)
+        side = np.zeros_like(rows) if mirrored is None else mirrored.numpy().astype(np.int64)
         batch: dict[str, Any] = {}
         for name, column in self.table.columns.items():
+            if name in self.leave_out:
+                continue
             if name == "moments":
-                moments = torch.from_numpy(self.table.array(name)[rows, side]).float()
+                moments = torch.from_numpy(self.table.take(name, rows, side)).float()
                 if self.deterministic:
                     moments = torch.cat([moments, torch.full_like(moments, NO_NOISE)], dim=1)
                 batch[name] = moments
             elif column.dtype == TEXT:
-                batch[name] = self.table.texts(name, indices)
+                batch[name] = self.table.texts(name, rows)
             else:
-                batch[name] = torch.from_numpy(self.table.array(name)[rows])
+                values = torch.from_numpy(self.table.take(name, rows))
+                batch[name] = values.float() if values.is_floating_point() else values
         return batch
 
 
@@ -66,8 +80,12 @@ def cached(
     batch_size: int | None = None,
     dtype: str | None = None,
     precision: torch.dtype | None = None,
+    conditioner: Conditioner | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ImageData:
     """Let `data` give "moments" from `folder` in place of "image", and return it; fill the folder first if need be.
+
+    A `conditioner` (frozen, of captions) is asked once, too. `settings` of the data are noted in a new cache.
 
     Order, mirrors, labels, captions and the place where a run goes on stay what they are. Any number of processes may
     call this at once, such as the ranks of a run: one fills the folder and the others wait for it. `device` (None: an
@@ -94,39 +112,77 @@ def cached(
         data.prepare_data()
         data.setup("fit")
         sets = {"train": data.train_set, "val": data.val_set}
-        made_from = origin(data, autoencoder)
+        made_from = origin(data, autoencoder) | condition_origin(conditioner)
         if not exists(folder / MANIFEST):
             device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
             pixels = data.shape[-1] * data.shape[-2]
             batch_size = batch_size or min(1024, max(1, PIXELS_A_BATCH // pixels))
-            build = LatentBuild(folder, sets, autoencoder, made_from, dtype)
+            about = {"facts": facts_of(data), "settings": dict(settings or {})}
+            build = LatentBuild(folder, sets, autoencoder, made_from, dtype, conditioner=conditioner, about=about)
             build.run(device, batch_size=batch_size, precision=precision, num_workers=data.num_workers)
     manifest = read(folder / MANIFEST)
     refuse_other(folder, manifest["made_from"], made_from)
-    data.serve(**{name: _latent_set(folder, manifest, name, images) for name, images in sets.items()})
+    data.serve(**{name: latent_set(folder, manifest, name, seed=images.seed) for name, images in sets.items()})
     return data
 
 
 def origin(data: ImageData, autoencoder: nn.Module) -> dict[str, Any]:
     """Say in plain data what latents are made from: {dotted name: value}. They are stale when one of these changes."""
-    found = {
-        "autoencoder.class": type(autoencoder).__name__,
-        "autoencoder.weights": weights_hash(autoencoder),
-        "data.shape": list(data.shape),
-        "data.num_classes": data.num_classes,
-    }
+    found = autoencoder_origin(autoencoder) | {"data.shape": list(data.shape), "data.num_classes": data.num_classes}
     for name, images in (("train", data.train_set), ("val", data.val_set)):
         found |= {f"data.{name}.{key}": value for key, value in images.description().items()}
     return json.loads(json.dumps(found))
 
 
-def _latent_set(folder: Path, manifest: Mapping[str, Any], name: str, images: ImageSet) -> LatentSet:
+def autoencoder_origin(autoencoder: nn.Module) -> dict[str, Any]:
+    """Name an autoencoder by its class and its weights; how its latents are scaled concerns nobody here."""
+    return {"autoencoder.class": type(autoencoder).__name__, "autoencoder.weights": weights_hash(autoencoder)}
+
+
+def condition_origin(conditioner: Conditioner | None) -> dict[str, Any]:
+    """Name a conditioner by its class, its weights and every plain setting of its parts; {} for none."""
+    if conditioner is None:
+        return {}
+    return {
+        "conditioner.class": type(conditioner).__name__,
+        "conditioner.weights": weights_hash(conditioner),
+        "conditioner.settings": digest(sorted(plain_settings(conditioner).items())),
+    }
+
+
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers and words that a module and its parts, tokenizers included, were built with."""
+    owners: dict[str, Any] = dict(module.named_modules())
+    owners |= {f"{name}.tokenizer": part.tokenizer for name, part in owners.items() if hasattr(part, "tokenizer")}
+    return {
+        f"{name}.{key}": value
+        for name, part in owners.items()
+        for key, value in vars(part).items()
+        if isinstance(value, bool | int | float | str) and key not in ("training", "frozen")
+    }
+
+
+def facts_of(data: ImageData) -> dict[str, Any]:
+    """Say in plain data what a run asks of its datamodule before it sees a batch, and which sides are mirrored."""
+    sets = {"train": data.train_set, "val": data.val_set}
+    return {
+        "shape": list(data.shape),
+        "num_classes": data.num_classes,
+        "class_names": None if data.class_names is None else list(data.class_names),
+        "horizontal_flip": {name: images.horizontal_flip for name, images in sets.items()},
+    }
+
+
+def latent_set(
+    folder: Path, manifest: Mapping[str, Any], name: str, *, seed: int, leave_out: Collection[str] = ()
+) -> LatentSet:
+    """Open one set of a cache. Raises ValueError where a file of it is gone or damaged."""
     columns = {key: Column(dtype, tuple(shape)) for key, (dtype, shape) in manifest["columns"][name].items()}
-    table = Table(folder, name, manifest["rows"][name], columns)
+    table = ShardedTable(folder, name, manifest["rows"][name], columns, shard_rows=manifest["shard_rows"])
     table.check()
-    return LatentSet(
-        table, deterministic=manifest["deterministic"], seed=images.seed, horizontal_flip=images.horizontal_flip
-    )
+    flip = manifest["facts"]["horizontal_flip"][name]
+    how = {"deterministic": manifest["deterministic"], "horizontal_flip": flip, "leave_out": leave_out}
+    return LatentSet(table, seed=seed, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -182,3 +182,47 @@ class Table:
         """Open every column. Raises ValueError where one is not as it was written."""
         for name in self.columns:
             self._map(name)
+
+
+def shard_name(table: str, number: int) -> str:
+    """Name a shard of a table: train-00000."""
+    return f"{table}-{number:05d}"
+
+
+class ShardedTable:
+    """A table in shards of `shard_rows` rows each, the last one perhaps shorter, read as one."""
+
+    def __init__(
+        self, folder: Path, table: str, num_rows: int, columns: Mapping[str, Column], *, shard_rows: int
+    ) -> None:
+        self.num_rows, self.columns, self.shard_rows = num_rows, dict(columns), shard_rows
+        self.shards = [
+            Table(folder, shard_name(table, number), min(shard_rows, num_rows - begin), columns)
+            for number, begin in enumerate(range(0, num_rows, shard_rows))
+        ]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def take(self, name: str, rows: np.ndarray, *inner: np.ndarray) -> np.ndarray:
+        """Read these rows of a column, (B, *shape); `inner` (B,) each picks within a row's first axes."""
+        shard, row = np.divmod(rows, self.shard_rows)
+        values = None
+        for number in np.unique(shard):
+            chosen = np.flatnonzero(shard == number)
+            read = self.shards[number].array(name)[(row[chosen], *(part[chosen] for part in inner))]
+            if len(chosen) == len(rows):
+                return read
+            values = np.empty((len(rows), *read.shape[1:]), read.dtype) if values is None else values
+            values[chosen] = read
+        return values
+
+    def texts(self, name: str, rows: np.ndarray) -> list[str]:
+        """Read these rows of a column of texts."""
+        places = zip(*np.divmod(rows, self.shard_rows), strict=True)
+        return [self.shards[shard].texts(name, [row])[0] for shard, row in places]
+
+    def check(self) -> None:
+        """Open every column of every shard. Raises ValueError where one is not as it was written."""
+        for shard in self.shards:
+            shard.check()
