@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is usually told to send before it kills a job
+# The last two are what Slurm, or submitit, is told to send before a job is killed.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 MISTAKE = 2  # the exit status of a process that ends because of an error, its own or another's
 MEETING = timedelta(minutes=5)  # how long to wait for all processes of a job to start
 SILENCE = timedelta(minutes=30)  # how long to wait for a process that is there, but says nothing

@@ -5,6 +5,7 @@ A resumed run continues the file: rows after its checkpoint are dropped, and wri
 
 import csv
 import io
+import os
 import resource
 import secrets
 import sys
@@ -98,7 +99,7 @@ class MetricsCSV(Logger):
         self._columns = list(rows[0]) if rows else ["step"]
         self._row: dict[str, Any] = {**rows[-1], "step": int(rows[-1]["step"])} if rows else {}
         self._in_file, self._changed = bool(rows), False  # what the file has of the current row
-        if self.path.exists():
+        if rank_zero_only.rank == 0 and self.path.exists():
             self._rewrite(rows)
 
     @property
@@ -108,6 +109,11 @@ class MetricsCSV(Logger):
     @property
     def version(self) -> str:
         return ""
+
+    def row(self, step: int) -> dict[str, float]:
+        """Return what there is of this step so far; nothing on all ranks but the first."""
+        row = self._row if self._row.get("step") == step else {}
+        return {name: float(value) for name, value in row.items() if name != "step" and value != ""}
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -132,13 +138,22 @@ class MetricsCSV(Logger):
             self._columns += new
             self._rewrite([*rows[: len(rows) - self._in_file], self._row])
         else:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                file.write(as_csv(self._columns, [self._row]))
+            self._append(as_csv(self._columns, [self._row]))
         self._in_file, self._changed = True, False
 
     def finalize(self, status: str) -> None:
         """Write what is not written yet."""
         self.save()
+
+    def _append(self, text: str) -> None:
+        """Add lines; where there is no room the file stays as it was."""
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            os.truncate(self.path, size)
+            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}; free some space") from error
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         header = dict(zip(self._columns, self._columns, strict=True))
@@ -164,16 +179,34 @@ def as_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def tensorboard_logger(*, run_dir: Path, config: Mapping[str, Any]) -> TensorBoardLogger:
-    """Write TensorBoard events, and the config as text, to run_dir/tensorboard."""
-    logger = TensorBoardLogger(save_dir=run_dir, name="tensorboard", version="")
+def tensorboard_logger(
+    *, run_dir: Path, config: Mapping[str, Any], resume_step: int | None = None
+) -> TensorBoardLogger:
+    """Write TensorBoard events, and the config as text, to run_dir/tensorboard.
+
+    A run resumed after `resume_step` hides what its folder has of later steps: they come again.
+    """
+    purge_step = None if resume_step is None else resume_step + 1
+    logger = TensorBoardLogger(save_dir=run_dir, name="tensorboard", version="", purge_step=purge_step)
     if rank_zero_only.rank == 0:
-        logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```")
+        text = f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```"
+        logger.experiment.add_text("config", text, global_step=purge_step or 0)
     return logger
 
 
 class WandbRun(WandbLogger):
-    """A W&B run that ends with its training, so that the next job of a sweep begins its own."""
+    """A W&B run that ends with its training, so that the next job of a sweep begins its own.
+
+    Its steps are those of the optimizer: W&B takes none twice, so a resumed run adds where the one before it ended.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log at this step of W&B's own axis, too."""
+        if step is None:
+            super().log_metrics(metrics)
+        else:
+            self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -182,14 +215,24 @@ class WandbRun(WandbLogger):
         self.experiment.finish(exit_code=0 if status == "success" else 1)
 
 
-def wandb_logger(*, run_dir: Path, config: Mapping[str, Any], **settings: Any) -> WandbRun:
+def wandb_logger(
+    *, run_dir: Path, config: Mapping[str, Any], resume_step: int | None = None, **settings: Any
+) -> WandbRun:
     """Log to Weights & Biases with the config as a dictionary; a resumed run continues the same W&B run.
 
-    `settings` are those of `wandb.init` (project, name, tags, ...) and `offline=True`, which needs no network.
+    `settings` are those of `wandb.init` (project, name, tags, ...) and `offline=True`, which needs no network. Offline
+    each start is a folder of its own with the same id, which `wandb sync` joins.
     """
     id_file = run_dir / "wandb_id"
-    if not id_file.exists():
+    if rank_zero_only.rank == 0 and not id_file.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    run_id = id_file.read_text(encoding="utf-8").strip()
+    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
     resume = None if settings.get("offline") else "allow"  # an offline run cannot look up what it continues
+    if settings.get("offline") and resume_step is not None and rank_zero_only.rank == 0:
+        print(
+            f"W&B offline: this start is a folder of its own with the same id {run_id}; "
+            f"`wandb sync {run_dir / 'wandb'}/offline-run-*` joins them",
+            file=sys.stderr,
+        )
     return WandbRun(save_dir=run_dir, id=run_id, resume=resume, config=dict(config), **settings)
