@@ -129,7 +129,7 @@ def _run_sweep(
     except (HydraException, OmegaConfBaseException) as error:
         if _wants_traceback():
             raise
-        stop_together(explain_missing(error) or diagnose(typed, config_name) or explain(error))
+        stop_together(explain_missing(error) or diagnose(typed, config_name, sweep=True) or explain(error))
     except (ValueError, OSError) as error:
         if _wants_traceback():
             raise

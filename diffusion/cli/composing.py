@@ -11,7 +11,8 @@ from typing import Any
 from diffusion import latent_facts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-LISTS = {"sampler": ("sampler_list", "listing")}  # groups whose options a function makes a table of, for `group=` alone
+# Groups whose options a function makes a table of, for `group=` alone.
+LISTS = {"sampler": ("sampler_list", "listing"), "sweep": ("sweep.words", "listing")}
 
 
 def composed(config_name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def list_of(group: str) -> str:
 
     module, function = LISTS[group]
     found = {name: OmegaConf.load(CONFIGS / group / f"{name}.yaml") for name in options_of(group)}
-    bases = {name: config.pop("defaults", [name])[0] for name, config in found.items()}
-    values = {name: {**found[bases[name]], **config} for name, config in found.items() if config}
+    firsts = {name: config.pop("defaults", [name])[0] for name, config in found.items()}
+    bases = {name: found[first] if isinstance(first, str) else {} for name, first in firsts.items()}
+    values = {name: {**bases[name], **config} for name, config in found.items() if config}
     return getattr(importlib.import_module(f"diffusion.{module}"), function)(values)

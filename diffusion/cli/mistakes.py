@@ -105,8 +105,11 @@ def refuse_unknown_flags(arguments: list[str]) -> None:
             raise ValueError(f"there is no flag {flag}; {hint} (--help lists both)")
 
 
-def diagnose(arguments: list[str], config_name: str) -> str | None:
-    """Return the one line for the first argument that Hydra could not use; None where no argument is to blame."""
+def diagnose(arguments: list[str], config_name: str, *, sweep: bool = False) -> str | None:
+    """Return the one line for the first argument that Hydra could not use; None where no argument is to blame.
+
+    `sweep`: the arguments are those of a sweep, where a key may have several values.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -120,6 +123,8 @@ def diagnose(arguments: list[str], config_name: str) -> str | None:
             return _unreadable(argument, chosen)
         if override.key_or_group.startswith("hydra"):
             continue
+        if override.is_sweep_override() and not sweep:
+            return _several_values(argument)
         if (CONFIGS / override.key_or_group).is_dir():
             if problem := _unknown_option(override):
                 return problem
@@ -157,6 +162,14 @@ def _unreadable(argument: str, chosen: dict[str, str | None]) -> str:
     return (
         f"cannot read {argument!r}; lists are written '{key}=[1,2]', and a value with spaces, commas, brackets or '=' "
         f"needs quotes inside the shell's: '{key}=\"a, b\"'"
+    )
+
+
+def _several_values(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    return (
+        f"{argument} are several values; -m in front sweeps over them ('{key}=[{value}]' is a list, '{key}=\"{value}\"' "
+        "a text)"
     )
 
 

@@ -22,7 +22,7 @@ from diffusion.sweep.job import DONE, STOP_FILE, JobProcess, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
 from diffusion.sweep.share import with_share
-from diffusion.sweep.words import NEW_FOLDER, Plan, check_named, named_sweep, plan
+from diffusion.sweep.words import GROUP, NEW_FOLDER, Plan, check_named, named_sweep, plan
 
 FAILED = 1  # the exit status of a sweep that ran to its end, but not all of its jobs did
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -63,9 +63,9 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
     flags = ["--config-dir", os.path.abspath(args.config_dir)] if args.config_dir else []
     config_name = args.config_name or command.config_name
     flags += ["--config-name", config_name] if args.config_name else []
-    if (name := named_sweep(args.overrides)) is not None:
-        check_named(name, command.config_name)
     with hydra_of(command.config_name, config_dir=args.config_dir) as hydra:
+        if (name := named_sweep(args.overrides)) is not None:
+            check_named(name, command.config_name, hydra.config_loader.get_group_options(GROUP))
         cfg = hydra.compose_config(config_name, [*command.ahead, *args.overrides], run_mode=RunMode.MULTIRUN)
         check_plugins(cfg)
         search = cfg.hydra.sweeper._target_ != GRID
@@ -187,7 +187,7 @@ def begin(todo: Plan, command: Command) -> dict[str, Any]:
         "keys": [key.lstrip("+") for key in dict.fromkeys([*todo.keys, *old.get("keys", [])])],
         "jobs": jobs,
     }
-    if record["commit"] != git_commit():
+    if record["commit"].removesuffix("+dirty") != git_commit().removesuffix("+dirty"):
         print(
             f"the code has changed since this sweep began: {record['commit']} then, {git_commit()} now; {NEW_FOLDER}",
             file=sys.stderr,

@@ -3,6 +3,7 @@
 Nothing here imports torch.
 """
 
+import difflib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -120,11 +121,15 @@ def listing(configs: Mapping[str, Any] | None = None) -> str:
     found = {path.stem: about(path) for path in sorted((CONFIGS / GROUP).glob("*.yaml"))}
     width = max(map(len, found), default=0)
     lines = [f"  {name:<{width}}  {command}.py  {what}" for name, (command, what) in found.items()]
-    return "\n".join(["Named sweeps (uv run COMMAND sweep=NAME, and more words beside it):", *lines])
+    return "\n".join(["uv run COMMAND sweep=NAME, and more words beside it:", *lines])
 
 
-def check_named(name: str, command: str) -> None:
-    """Raise ValueError for a sweep of another command, or a name that no file has."""
+def check_named(name: str, command: str, options: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no sweep's, `options` being those of Hydra's group, or another command's."""
+    if name not in options:
+        near = difflib.get_close_matches(name, options, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"there is no sweep {name!r}{hint}\n{listing()}")
     path = CONFIGS / GROUP / f"{name}.yaml"
     if path.exists() and (wanted := about(path)[0]) != command:
-        raise ValueError(f"sweep={name} is one for {wanted}.py; `uv run {command}.py sweep=` lists them")
+        raise ValueError(f"sweep={name} is one for {wanted}.py\n{listing()}")
