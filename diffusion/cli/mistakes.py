@@ -167,10 +167,8 @@ def _unreadable(argument: str, chosen: dict[str, str | None]) -> str:
 
 def _several_values(argument: str) -> str:
     key, _, value = argument.partition("=")
-    return (
-        f"{argument} are several values; -m in front sweeps over them ('{key}=[{value}]' is a list, '{key}=\"{value}\"' "
-        "a text)"
-    )
+    others = f"'{key}=[{value}]' is a list, '{key}=\"{value}\"' a text"
+    return f"{argument} are several values; -m in front sweeps over them ({others})"
 
 
 def _unknown_option(override: Any) -> str | None:

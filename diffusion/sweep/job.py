@@ -232,7 +232,7 @@ def reason(returncode: int, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = next((line for line in reversed(lines) if line.startswith("error: ")), None)
     if told is not None:
-        return told.removeprefix("error: ")
+        return told.removeprefix("error: ").partition(" [DIFFUSION_TRACEBACK")[0]
     return f"exit status {returncode}: {lines[-1]}" if lines else f"exit status {returncode}"
 
 

@@ -23,7 +23,6 @@ OPTIONS = {
         "ray_aws": "ray",
         "slurm": "slurm",
         "slurm_local": "slurm",
-        "slurm_local": "slurm",
         "submitit_local": "slurm",
         "submitit_slurm": "slurm",
     },
