@@ -62,6 +62,8 @@ class TrainingLog(Callback):
         now = time.perf_counter()
         row["train/images_per_second"] = self._images * trainer.world_size / max(now - self._since, 1e-9)
         row["train/memory_gb"] = peak_memory(task.device) / GIB
+        if broken := len(getattr(getattr(trainer, "datamodule", None), "broken", ())):
+            row["data/broken_samples"] = broken  # left out since the start, by this rank
         self._images, self._since = 0, now
         return row
 
