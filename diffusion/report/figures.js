@@ -4,8 +4,14 @@
 const HUES = ["#3b6fd4", "#e07b28", "#2f9e6e", "#c8453f", "#8a63d2", "#a8782b", "#d65fa3", "#5b8fa8", "#9aa52b", "#777f8c"];
 const shade = { hidden: new Set(), by: "" };
 
+const RAMP = [[68, 58, 131], [49, 104, 142], [33, 145, 140], [53, 183, 121], [168, 205, 45]]; // viridis, without its ends
+
 function colourOf(number, count, numeric) {
-  if (numeric && count > 4) return `hsl(${250 - (210 * number) / (count - 1)} 65% 52%)`; // blue to orange, in order
+  if (numeric && count > 3) { // an order that can be seen
+    const at = (number / (count - 1)) * (RAMP.length - 1);
+    const [low, high] = [RAMP[Math.floor(at)], RAMP[Math.ceil(at)]];
+    return `rgb(${low.map((part, i) => Math.round(part + (high[i] - part) * (at % 1))).join(" ")})`;
+  }
   return number < HUES.length ? HUES[number] : `hsl(${(number * 137.5) % 360} 55% 52%)`;
 }
 
@@ -73,10 +79,11 @@ function interpolated(x, table) {
 
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
-function trace(x, y, colour, label, points) {
+function trace(x, y, colour, label, count) {
+  const many = count > 40; // then single points say nothing, and lines hide each other
   return {
-    x, y, type: "scatter", mode: points ? "lines+markers" : "lines", name: escaped(label), showlegend: false,
-    line: { color: colour, width: 1.7 }, marker: { size: 5 }, connectgaps: true,
+    x, y, type: "scatter", mode: y.length < 30 && !many ? "lines+markers" : "lines", name: escaped(label), showlegend: false,
+    line: { color: colour, width: many ? 1.1 : 1.7 }, opacity: many ? 0.65 : 1, marker: { size: 5 }, connectgaps: true,
     hovertemplate: `<b>${escaped(label)}</b><br>%{x:,.6~g}: %{y:.5g}<extra></extra>`,
   };
 }
@@ -96,7 +103,7 @@ function curveTraces(data) {
       if (!known) return [];
       x = interpolated(x, [times.x[known[0]], known[1]]).map((seconds) => seconds / 60);
     }
-    return [trace(x, smoothed(curve[1], weight), entry.colour, data.runs[run].label, curve[1].length < 30)];
+    return [trace(x, smoothed(curve[1], weight), entry.colour, data.runs[run].label, data.runs.length)];
   }));
 }
 
@@ -112,9 +119,11 @@ function meanTraces(data, metric, weight) {
     const sd = smoothed(curve[2], weight);
     const edge = { x, type: "scatter", mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
     return [
-      { ...edge, y: y.map((value, i) => value - sd[i]) },
-      { ...edge, y: y.map((value, i) => value + sd[i]), fill: "tonexty", fillcolor: faded(entry.colour) },
-      trace(x, y, entry.colour, data.rows[row], y.length < 30),
+      ...(data.rows.length > 12 ? [] : [
+        { ...edge, y: y.map((value, i) => value - sd[i]) },
+        { ...edge, y: y.map((value, i) => value + sd[i]), fill: "tonexty", fillcolor: faded(entry.colour) },
+      ]),
+      trace(x, y, entry.colour, data.rows[row], data.rows.length),
     ];
   }));
 }
@@ -128,7 +137,7 @@ function timestepTraces(data) {
   const [name] = Object.keys(curves.of);
   return classes(data).filter((entry) => !shade.hidden.has(entry.value)).flatMap((entry) => entry.runs.flatMap((run) => {
     const curve = curves.of[name][run];
-    return curve ? [trace(curves.x[curve[0]], curve[1], entry.colour, data.runs[run].label, true)] : [];
+    return curve ? [trace(curves.x[curve[0]], curve[1], entry.colour, data.runs[run].label, data.runs.length)] : [];
   }));
 }
 
@@ -152,7 +161,11 @@ function layout(xTitle, yTitle, xLog, yLog) {
   };
 }
 
-const SETTINGS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+// Named one by one: plotly's own choice has a button that sends the figure to a server.
+const SETTINGS = {
+  responsive: true, displaylogo: false, plotlyServerURL: "",
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+};
 const figures = {
   "figure-curves": (data) => {
     const time = $("x")?.value === "time" && $("seeds")?.value !== "mean";
@@ -208,6 +221,7 @@ function startFigures(data) {
     });
   }
   if ($("metric")) grouped($("metric"), data.curves.metrics, data.metric);
+  if ($("seeds") && data.runs.length > 40) $("seeds").value = "mean";
   if ($("quantity")) options($("quantity"), data.timesteps.map((quantity, number) => [number, quantity.name]));
   for (const id of ["metric", "seeds", "x", "smooth", "log", "logx"]) $(id)?.addEventListener("input", () => again(data, "figure-curves"));
   for (const id of ["quantity", "logt"]) $(id)?.addEventListener("input", () => again(data, "figure-timesteps"));

@@ -75,7 +75,7 @@ function showDifferences(data) {
       if (!pair || pair[0] === null) return;
       const [mean, half, n] = [i > j ? pair[0] : -pair[0], pair[1], pair[2]];
       const spread = half === null ? "" : ` ± ${written(half, column.decimals)}`;
-      place.textContent = `${written(mean, column.decimals, true)}${spread} (n = ${n})`;
+      place.replaceChildren(`${written(mean, column.decimals, true)}${spread} `, element("span", { class: "n" }, `(n = ${n})`));
       if (half !== null && Math.abs(mean) > half && column.better && !column.by_definition) {
         place.classList.add((mean < 0) === (column.better === "lower") ? "better" : "worse");
       }
@@ -119,7 +119,9 @@ function compareRuns(data) {
     parts.push(element("p", {}, "This is one run; choose another."));
   } else if (compare.metrics.length) {
     const steps = compare.metrics.map((metric) => compare.parts[metric][a][b]).filter((step) => step >= 0);
+    const never = compare.metrics.every((metric) => compare.parts[metric][a][b] === -2);
     const text = steps.length ? `The metrics part at step ${partingText(Math.min(...steps))}.`
+      : never ? "These runs measured nothing at a common step."
       : "The metrics are equal wherever both runs measured them.";
     parts.push(element("p", { id: "parting" }, element("b", {}, text)), partingTable(compare, a, b));
   }
@@ -179,7 +181,7 @@ async function showSamples(data) {
   $("which").addEventListener("change", draw);
   $("step").addEventListener("input", draw);
   $("size").addEventListener("input", () => $("grids").style.setProperty("--size", `${$("size").value}px`));
-  if (data.runs.length > 24) $("size").value = 180;
+  if (data.runs.length > 24) $("size").value = 160;
   $("grids").style.setProperty("--size", `${$("size").value}px`);
   setSteps();
 }

@@ -63,7 +63,7 @@ def render(sweeps: Sequence[Sweep], varied: Varied, *, csv_name: str) -> str:
         sweeps=sweeps,
         varied=varied,
         seeds=list(dict.fromkeys(run.seed for run in varied.runs if run.seed)),
-        loss_defining=[varied.names[varied.keys.index(key)] for key in varied.loss_defining],
+        loss_defining=varied.loss_defining,
         counts=counts(varied.runs),
         ended=any(run.ended for run in varied.runs),
         total_time=duration(sum(times)) if times else "",

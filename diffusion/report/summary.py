@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from diffusion.report import microscope
 from diffusion.report.runs import IMAGES_PER_SECOND, UNKNOWN, Run
 from diffusion.report.statistics import mean
-from diffusion.report.tables import Results, duration, number, took
+from diffusion.report.tables import COUNTING, Results, duration, number, took
 from diffusion.report.varied import Varied
 
 MEMORY = "train/memory_gb"
@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     value: str
     second: str
     lead: str  # on the same seeds; "" where no two share one
-    clear: bool  # whether the lead's interval leaves out zero
+    doubt: str  # why the lead may be chance; "" where its interval leaves out zero
     by_definition: bool  # the loss itself was varied: no verdict
 
 
@@ -81,22 +81,25 @@ def verdict(results: Results) -> Verdict | None:
             continue
         rows.sort(key=lambda row: row.cells[place].value, reverse=column.better == "higher")
         first, second = rows[:2]
-        lead, clear = _lead(results, column.metric, results.rows.index(first), results.rows.index(second))
+        lead, doubt = _lead(results, column.metric, results.rows.index(first), results.rows.index(second))
         cell = first.cells[place]
         value = f"{cell.text} {cell.spread}".strip()
         names = column.metric, first.row.label
-        return Verdict(WORSE[column.better], *names, value, second.row.label, lead, clear, column.by_definition)
+        return Verdict(WORSE[column.better], *names, value, second.row.label, lead, doubt, column.by_definition)
     return None
 
 
-def _lead(results: Results, metric: str, first: int, second: int) -> tuple[str, bool]:
+def _lead(results: Results, metric: str, first: int, second: int) -> tuple[str, str]:
     pair = results.pairs.get(metric, {}).get(f"{max(first, second)},{min(first, second)}")
     if pair is None or pair[0] is None:
-        return "", False
+        return "", ""
     digits = next(column.decimals for column in results.columns if column.metric == metric)
     size, half, n = abs(pair[0]), pair[1], pair[2]
-    spread = f" ± {number(half, digits)}" if half is not None else ""
-    return f"{number(size, digits)}{spread} (n = {n})", half is not None and size > half
+    lead = number(size, digits, least=2)
+    if half is None:
+        return lead, "one seed in common says nothing of chance"
+    doubt = "the 95 % interval has zero in it, so chance may have decided" if size <= half else ""
+    return f"{lead} ± {number(half, digits)} (n = {n})", doubt
 
 
 def counts(runs: Sequence[Run]) -> list[tuple[str, int]]:
@@ -199,7 +202,9 @@ def run_rows(varied: Varied, results: Results) -> list[RunRow]:
     columns = [column for column in results.columns if column.shown] or []
     rows = []
     for place, (run, label) in enumerate(zip(varied.runs, varied.labels, strict=True)):
-        cells = [number(run.finals[c.metric], c.decimals) if c.metric in run.finals else "" for c in columns]
+        cells = [
+            number(run.finals[c.metric], c.decimals, least=COUNTING) if c.metric in run.finals else "" for c in columns
+        ]
         seconds = took(run)
         rows.append(RunRow(place, label, run.state, _step(run), cells, duration(seconds), seconds, str(run.folder)))
     return rows

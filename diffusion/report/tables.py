@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -20,6 +21,7 @@ from diffusion.report.varied import Row, Varied
 
 COSTS = ("train/images_per_second", "train/memory_gb")
 SHOWN = 4  # columns of metrics that are shown until a reader asks for more
+COUNTING = 3  # digits that a mean shows at least
 PAIRED_ROWS = 60  # rows up to which each is compared with each
 # What a reader looks at first; a metric's place is that of the first pattern that fits it.
 ORDER = tuple(
@@ -97,6 +99,7 @@ def results(varied: Varied) -> Results:
     finals = [run.finals if run.ended else {} for run in varied.runs]
     metrics = ordered(name for own in finals for name in own)
     means = {metric: [_mean_of(row, finals, metric) for row in varied.rows] for metric in metrics}
+    metrics.sort(key=lambda metric: 2 * sum(one.n > 0 for one in means[metric]) < len(varied.rows))  # seldom measured
     columns = [_column(metric, number, means[metric], varied) for number, metric in enumerate(metrics)]
     winners = {column.metric: best(means[column.metric], column.better) for column in columns}
     rows = []
@@ -189,27 +192,30 @@ def _effect_cell(pair: Paired | None, column: Column) -> tuple[Cell, str]:
 
 
 def decimals(means: Sequence[Mean]) -> int:
-    """Return how many digits after the point tell the means of a column apart: two of their range."""
+    """Return how many digits after the point a column shows: two of its spread, or where none is known, of its range.
+
+    More than six that count in its largest number are noise.
+    """
     finite = [one for one in means if math.isfinite(one.mean)]
     spreads = [one.sd for one in finite if one.sd > 0]
     extent = max(one.mean for one in finite) - min(one.mean for one in finite) if finite else 0
     largest = max((abs(one.mean) for one in finite), default=0)
-    scale = extent or min(spreads, default=0) or largest / 100
+    scale = median(spreads) if spreads else extent / 10 or largest / 1000
     if scale <= 0:
         return 2
-    wanted = 2 - math.floor(math.log10(scale))
-    possible = 5 - math.floor(math.log10(largest)) if largest else wanted  # beyond, digits are noise
-    return max(0, min(wanted, possible, 8))
+    return max(0, min(1 - math.floor(math.log10(scale)), 5 - math.floor(math.log10(largest or scale)), 8))
 
 
-def number(value: float, digits: int, *, sign: bool = False) -> str:
-    """Write a number with so many digits after the point, or with three that count where it is far from that."""
+def number(value: float, digits: int, *, sign: bool = False, least: int = 0) -> str:
+    """Write a number with so many digits after the point; one so small that fewer than `least` count gets those."""
     if not math.isfinite(value):
         return str(value)
     mark = "+" if sign and value > 0 else "−" if value < 0 else ""
     size = abs(value)
-    if size and (size < 0.5 * 10**-digits or size >= 1e7):
-        return f"{mark}{size:.2g}" if size < 1 else f"{mark}{size:.3e}"
+    if size >= 1e7:
+        return f"{mark}{size:.3e}"
+    if size and (size < 0.5 * 10**-digits or size < 10 ** (least - 1 - digits)):
+        return f"{mark}{size:.{max(2, least)}g}"
     return f"{mark}{size:,.{digits}f}"
 
 
@@ -222,7 +228,7 @@ def _cell(found: Mean, digits: int, is_best: bool) -> Cell:
     if found.n == 0:
         return Cell()
     spread = "" if math.isnan(found.sd) else f"± {number(found.sd, digits)}"
-    return Cell(number(found.mean, digits), spread, found.mean, is_best)
+    return Cell(number(found.mean, digits, least=COUNTING), spread, found.mean, is_best)
 
 
 def duration(seconds: float | None) -> str:

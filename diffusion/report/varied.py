@@ -58,8 +58,9 @@ class Varied:
 
     @property
     def loss_defining(self) -> list[str]:
-        """The varied keys that make the loss another loss."""
-        return [key for key in self.keys if any(key == head or key.startswith(f"{head}.") for head in LOSS_DEFINING)]
+        """The names of varied keys that make the loss another loss, themselves or by what changed with them."""
+        named = zip(self.keys, self.names, strict=True)
+        return [name for key, name in named if any(map(_defines_loss, (key, *self.also.get(key, ()))))]
 
     def _words(self, values: Sequence[str]) -> list[str]:
         return [f"{name}={value}" for name, value in zip(self.names, values, strict=True)]
@@ -78,7 +79,8 @@ def find_varied(sweeps: Sequence[Sweep]) -> Varied:
     keys = [key for key in keys if key != SEED]
     names = short_names(keys)
     values = tuple(tuple(value_of(run, key) for key in keys) for run in runs)
-    return Varied(runs, tuple(keys), tuple(names), values, tuple(_rows(values, names)), also)
+    everything = runs[0].name if len(runs) == 1 else "all runs"
+    return Varied(runs, tuple(keys), tuple(names), values, tuple(_rows(values, names, everything)), also)
 
 
 def value_of(run: Run, key: str) -> str:
@@ -119,38 +121,44 @@ def _is_idle(key: str) -> bool:
     return any(key == idle or key.startswith(f"{idle}.") for idle in IDLE)
 
 
-def _differing(runs: Sequence[Run]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Return the config's keys that differ, one for each way in which they part the runs, and those beside it.
+def _defines_loss(key: str) -> bool:
+    return any(key == head or key.startswith(f"{head}.") for head in LOSS_DEFINING)
 
-    A config repeats itself (`diffusion.schedule` is `schedule`): of keys that change together the shortest one, which
-    people set, stands for all.
+
+def _differing(runs: Sequence[Run]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Return as few of the config's keys as tell the runs apart, and for each the keys that changed with it.
+
+    A config repeats itself (`diffusion.schedule` is `schedule`): of keys that part the runs in the same way the
+    shortest one, which people set, stands for all, and a key that only repeats what others say is left out.
     """
     candidates = dict.fromkeys(key for run in runs for key in run.flat if not _is_idle(key))
-    together: dict[tuple[str, ...], list[str]] = {}
+    together: dict[tuple[int, ...], list[str]] = {}
     for key in candidates:
-        told = tuple(_normal(_text(run.flat[key])) if key in run.flat else LACKING for run in runs)
+        told = [_normal(_text(run.flat[key])) if key in run.flat else LACKING for run in runs]
         if len(set(told)) > 1:
-            together.setdefault(tuple(str(told.index(value)) for value in told), []).append(key)
-    keys, also = [], {}
-    for alike in together.values():
-        shortest = min(alike, key=lambda key: (key != SEED, key.count("."), alike.index(key)))
-        chosen = shortest.removesuffix("._target_")
-        keys.append(chosen)
-        also[chosen] = tuple(key for key in alike if key != shortest)
-    return keys, also
+            together.setdefault(tuple(map(told.index, told)), []).append(key)
+    parted = {min(keys, key=lambda key: (key != SEED, key.count("."))): parts for parts, keys in together.items()}
+    keys: list[str] = []
+    apart: list[tuple[int, ...]] = [() for _ in runs]
+    for key in sorted(parted, key=lambda key: (key != SEED, key.count("."))):
+        finer = [(*before, part) for before, part in zip(apart, parted[key], strict=True)]
+        if len(set(finer)) > len(set(apart)):
+            keys, apart = [*keys, key], finer
+    also = {key: tuple(other for other in together[parted[key]] if other != key) for key in keys}
+    return [key.removesuffix("._target_") for key in keys], {k.removesuffix("._target_"): v for k, v in also.items()}
 
 
 def _text(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
-def _rows(values: Sequence[tuple[str, ...]], names: Sequence[str]) -> list[Row]:
+def _rows(values: Sequence[tuple[str, ...]], names: Sequence[str], everything: str) -> list[Row]:
     numbers: dict[tuple[str, ...], list[int]] = {}
     for number, own in enumerate(values):
         numbers.setdefault(own, []).append(number)
     return [
         Row(
-            own, ", ".join(f"{name}={value}" for name, value in zip(names, own, strict=True)) or "all runs", tuple(them)
+            own, ", ".join(f"{name}={value}" for name, value in zip(names, own, strict=True)) or everything, tuple(them)
         )
         for own, them in numbers.items()
     ]
