@@ -127,7 +127,12 @@ class JobProcess:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches it once, through here
                 )
-                self._watch(process, signals)
+                try:
+                    self._watch(process, signals)
+                except BaseException:  # Ctrl-C for the second time
+                    process.kill()
+                    process.wait()
+                    raise
         error = settle(folder, process.returncode, last_words(log, began)) if first else None
         if signals.received and threading.current_thread() is threading.main_thread():
             signal.raise_signal(signal_for_launcher(signals.received))  # now that the job has saved: its turn

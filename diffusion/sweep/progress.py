@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffusion.run_folder import Status, read_status
 from diffusion.sweep.folder import LOG_FILE, OVERRIDES_FILE, Job
-from diffusion.sweep.job import DONE, elapsed, last_words
+from diffusion.sweep.job import elapsed, last_words
 
 PULSE = 0.25  # seconds between two looks
 SECONDS_A_LINE = 20.0  # between two lines about a running job, where standard error is no terminal
@@ -128,6 +128,6 @@ def table(jobs: Mapping[str, Job]) -> str:
         step = "" if job.status is None or job.status.step is None else f"{job.status.step}"
         step += f" of {job.status.max_steps}" if step and job.status.max_steps is not None else ""
         lines.append(f"{label:<{widths[0]}}  {states[label]:<{widths[1]}}  {step}".rstrip())
-        if job.status is not None and states[label] not in (*DONE, "running"):
+        if states[label] in ("failed", "killed"):
             lines += [f"    {line}" for line in (job.status.error, f"log: {job.folder / LOG_FILE}") if line]
     return "\n".join(lines)

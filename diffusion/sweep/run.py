@@ -228,6 +228,8 @@ def _grid(
                 break
             try:
                 launcher.launch([list(words) for words in wanted[first : first + size]], initial_job_idx=first)
+            except KeyboardInterrupt:  # for the second time
+                break
             except Exception as error:  # of a pool or a cluster; the jobs' own are in their folders
                 return error
     return None
@@ -242,6 +244,8 @@ def _search(cfg: Any, context: Any, job: JobProcess, todo: Plan) -> Exception | 
     sweeper = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=job)
     try:
         sweeper.sweep(arguments=list(todo.words))
+    except KeyboardInterrupt:
+        return None
     except Exception as error:
         return error
     return None
