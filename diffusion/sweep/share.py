@@ -39,6 +39,9 @@ class Share(NamedTuple):
 
 def with_share(job: "JobProcess", cfg: Any, num_jobs: int) -> "JobProcess":
     """Return the job with what it gets of this machine where up to `num_jobs` run, and say in a line what that is."""
+    # `uv run` would otherwise have Ray pack the folder and build an environment for each worker; and nobody is counted.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     share = divide(cfg, num_jobs)
     if share is None:
         return job

@@ -105,7 +105,9 @@ def attempt(run_dir: Path, *, writes: bool) -> Iterator[Attempt]:
             this.ended(stop)
             if first_process():
                 print(how_to_go_on(stop, this), file=sys.stderr, flush=True)
-            raise SystemExit(128 + stop.number) from None
+            # What starts processes ends them all where one fails, and the first one may still be writing.
+            saved_by_first = isinstance(stop, Interrupted) and not first_process()
+            raise SystemExit(0 if saved_by_first else 128 + stop.number) from None
         except BaseException as error:
             this.ended(error)
             raise

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -180,7 +181,10 @@ def build_trainer(
         known = {"run_dir": run_dir, "config": config, "resume_step": resumed_step}
         loggers += [with_known(logger, known) for logger in extra]
     make = instantiate({**settings, "_partial_": True}, _convert_="all")
-    return make(default_root_dir=str(run_dir), callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+    plugins = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():  # what queues a job again is outside of it, and waits until it has saved
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return make(default_root_dir=str(run_dir), callbacks=callbacks, logger=loggers, plugins=plugins)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,5 +212,6 @@ def print_tree(config: Mapping[str, Any]) -> None:
 
 def quieten_lightning() -> None:
     """Keep Lightning's advertisements and its table of devices out of the log; its warnings stay."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # also of a cluster's login node
