@@ -33,7 +33,15 @@ def _cell(value: Any) -> str:
 
 def status(folder: Path, state: str, step: int, max_steps: int, error: str | None = None) -> None:
     time = "2026-11-21T12:04:10+00:00"
-    found = {"state": state, "step": step, "max_steps": max_steps, "time": time, "error": error, "host": "one", "pid": 1}
+    found = {
+        "state": state,
+        "step": step,
+        "max_steps": max_steps,
+        "time": time,
+        "error": error,
+        "host": "one",
+        "pid": 1,
+    }
     write_yaml(folder / "STATUS", found)
 
 
@@ -48,7 +56,11 @@ def learn(level: float, seed: int, steps: int, every: int, memory: float = 0.9) 
         row |= {"train/lr": 2e-3 * (1 - step / steps), "train/images_per_second": 900 + draw.gauss(0, 20)}
         row |= {"train/memory_gb": memory}
         if step % (5 * every) == 0:
-            row |= {"val/loss": loss * 1.05, "val/loss_ema": loss * 1.02, "eval/fid_500_pixels": 90 * loss + draw.gauss(0, 1)}
+            row |= {
+                "val/loss": loss * 1.05,
+                "val/loss_ema": loss * 1.02,
+                "eval/fid_500_pixels": 90 * loss + draw.gauss(0, 1),
+            }
         rows.append(row)
     return rows
 
@@ -66,16 +78,17 @@ def picture(path: Path, seed: int, sharpness: float) -> None:
 
 
 def make_run(
-    folder: Path, *, overrides: dict[str, Any], level: float, seed: int, steps: int = 2000, every: int = 20, state: str = "finished",
-    error: str | None = None, reached: float = 1.0, hint: bool = False,
+    folder: Path, *, overrides: dict[str, Any], level: float, seed: int, steps: int = 2000, every: int = 20,
+    state: str = "finished", error: str | None = None, reached: float = 1.0, hint: bool = False,
 ) -> None:  # fmt: skip
     """A run folder; `reached` is the part of its steps that it did."""
     done = int(steps * reached) // every * every
+    target = overrides.get("task.parameterization", "v")
     config = {
         "name": "digits", "seed": seed, "run_dir": str(folder), "resume": "auto",
         "schedule": {"_target_": f"diffusion.schedule.{overrides.get('schedule', 'cosine')}"},
         "data": {"_target_": "diffusion.data.digits.Digits", "batch_size": 128, "seed": seed},
-        "task": {"_target_": "diffusion.training.denoiser.DenoiserTask", "parameterization": overrides.get("task.parameterization", "v")},
+        "task": {"_target_": "diffusion.training.denoiser.DenoiserTask", "parameterization": target},
         "optimizer": {"lr": float(overrides.get("optimizer.lr", 2e-3))},
         "trainer": {"max_steps": steps, "accumulate_grad_batches": 1},
         "callbacks": {"samples": {"seed": 0}},
@@ -84,12 +97,20 @@ def make_run(
     write_yaml(folder / "config.yaml", config)
     write_yaml(folder / "overrides.yaml", [f"{key}={value}" for key, value in overrides.items()])
     status(folder, state, done, steps, error)
-    start = {"time": "2026-11-21T12:00:00+00:00", "command": "train.py", "commit": "a3b1" * 10, "changes": "changes_1.diff"}
+    start = {
+        "time": "2026-11-21T12:00:00+00:00",
+        "command": "train.py",
+        "commit": "a3b1" * 10,
+        "changes": "changes_1.diff",
+    }
     start |= {"python": "3.12.1", "packages": PACKAGES, "host": "one", "device": "NVIDIA H100", "world_size": 1}
     data = {"name": "Digits", "hash": f"{seed:08x}" * 4, "num_samples": 1437}
     write_yaml(folder / "record.yaml", {"starts": [start], "data": data, "parameters": 1_234_567})
+    write_yaml(folder / "forecast.yaml", {"total_seconds": 275.0, "memory": {"total": 2**30}, "flops_per_step": 10**9})
     (folder / "changes_1.diff").write_text(DIFF.format(line=f"seed {seed % 2}"))
-    (folder / "log.txt").write_text("training\n\x1b[1mstep 20\x1b[0m loss 0.9\r" + f"step {done}\n" + (error or "done") + "\n")
+    (folder / "log.txt").write_text(
+        "training\n\x1b[1mstep 20\x1b[0m loss 0.9\r" + f"step {done}\n" + (error or "done") + "\n"
+    )
     if rows := learn(level, seed, steps, every)[: done // every]:
         write_metrics(folder, rows)
         write_microscope(folder, rows[-1]["step"], level)
@@ -122,7 +143,13 @@ def make_sweep(folder: Path, varied: dict[str, list[Any]], **special: dict[str, 
         folders.append(folder / name)
         settings = special.get(f"job_{number}", {})
         if settings.get("state") != "waiting":
-            make_run(folder / name, overrides=overrides, level=level_of(overrides), seed=int(overrides.get("seed", 0)), **settings)
+            make_run(
+                folder / name,
+                overrides=overrides,
+                level=level_of(overrides),
+                seed=int(overrides.get("seed", 0)),
+                **settings,
+            )
     words = " ".join(f"{key}={','.join(map(str, values))}" for key, values in varied.items())
     command = f"train.py -m experiment=digits {words}"
     record = {"name": folder.name, "command": command, "words": command.split()[1:], "time": "2026-11-21T12:00:00"}
@@ -132,7 +159,9 @@ def make_sweep(folder: Path, varied: dict[str, list[Any]], **special: dict[str, 
 
 def level_of(overrides: dict[str, Any]) -> float:
     """What a run's loss comes to: cosine beats linear by a little, v beats eps by more."""
-    level = 0.25 + 0.02 * (overrides.get("schedule") == "linear") + 0.06 * (overrides.get("task.parameterization") == "eps")
+    level = (
+        0.25 + 0.02 * (overrides.get("schedule") == "linear") + 0.06 * (overrides.get("task.parameterization") == "eps")
+    )
     return level + 0.01 * abs(math.log10(float(overrides.get("optimizer.lr", 2e-3)) / 2e-3))
 
 

@@ -21,7 +21,18 @@ from diffusion.files import atomic_write
 from diffusion.report.figures import by_timestep, learning_curves
 from diffusion.report.pictures import shown_pictures
 from diffusion.report.runs import Sweep, read_sweeps
-from diffusion.report.summary import COST_COLUMNS, comparison, costs, counts, hints, problems, run_rows, verdict
+from diffusion.report.summary import (
+    COST_COLUMNS,
+    FORECAST_COLUMNS,
+    comparison,
+    costs,
+    counts,
+    forecasts,
+    hints,
+    problems,
+    run_rows,
+    verdict,
+)
 from diffusion.report.tables import Results, duration, frame, results, took, write_csv
 from diffusion.report.varied import Varied, find_varied
 
@@ -75,8 +86,8 @@ def render(sweeps: Sequence[Sweep], varied: Varied, *, csv_name: str) -> str:
         gaps=any(row.ended and not all(cell.text for cell in row.cells) for row in found.rows),
         costs=costs(varied),
         cost_columns=COST_COLUMNS,
-        forecasts=[],
-        forecast_columns=(),
+        forecasts=forecasts(varied),
+        forecast_columns=FORECAST_COLUMNS,
         runs=run_rows(varied, found),
         has_curves=bool(curves["runs"]["of"]),
         has_rows=bool(curves["rows"]["of"]),

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,23 @@ class Run:
         images_a_step = images[0] * images[1] * int(starts[-1].get("world_size") or 1)
         steps = pd.Series(rate.index, index=rate.index).diff().fillna(rate.index[0])
         return (steps * images_a_step / rate.where(rate > 0)).cumsum()
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Seconds from the last start to the end; None where it has not ended, or nothing says when it began."""
+        starts = self.record.get("starts") or []
+        if not starts or self.status is None or self.state in ("running", "killed"):
+            return None
+        try:
+            ended, began = (datetime.fromisoformat(time) for time in (self.status.time, starts[-1]["time"]))
+            return (ended - began).total_seconds()
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @cached_property
+    def forecast(self) -> dict[str, Any]:
+        """What forecast.yaml said at the start that the run would cost; {} where there is none."""
+        return read_mapping(self.folder / "forecast.yaml")[0]
 
     @cached_property
     def log_tail(self) -> str:

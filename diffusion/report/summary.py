@@ -1,7 +1,7 @@
 """What should a reader see first? Which choice was best and by how much, what went wrong, and what it all cost."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from diffusion.report import microscope
@@ -191,6 +191,33 @@ def _device(run: Run) -> str:
     start = (run.record.get("starts") or [{}])[-1]
     device, many = start.get("device"), start.get("world_size") or 1
     return "" if not device else f"{many} × {device}" if many > 1 else str(device)
+
+
+FORECAST_COLUMNS = ("time forecast", "measured", "off by", "memory forecast (GB)", "measured", "off by", "FLOPs a step")
+
+
+def forecasts(varied: Varied) -> list[tuple[str, list[str]]]:
+    """Set beside each other what finished runs said at their start that they would cost, and what they did."""
+    lines = []
+    for run, label in zip(varied.runs, varied.labels, strict=True):
+        said = run.forecast
+        once = len(run.record.get("starts") or ()) == 1  # a resumed run took several programs
+        if not said or run.state != "finished":
+            continue
+        peak = run.series(MEMORY).max() if len(run.series(MEMORY)) else None
+        held = said.get("memory")
+        total = held.get("total") if isinstance(held, dict) else None
+        time = _against(said.get("total_seconds"), run.wall_seconds if once else None, duration)
+        memory = _against(None if total is None else total / 2**30, peak, lambda size: number(size, 2, least=2))
+        flops = said.get("flops_per_step")
+        lines.append((label, [*time, *memory, f"{flops:.3g}" if isinstance(flops, int | float) else ""]))
+    return lines
+
+
+def _against(said: float | None, was: float | None, write: Callable[[float], str]) -> tuple[str, str, str]:
+    known = said is not None and was is not None and was > 0
+    off = f"{'+' if said >= was else '−'}{abs(said / was - 1):.0%}" if known else ""
+    return "" if said is None else write(said), "" if was is None else write(was), off
 
 
 # ---------------------------------------------------------------------------------------------------------------------

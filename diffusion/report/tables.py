@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -243,15 +242,8 @@ def duration(seconds: float | None) -> str:
 
 def took(run: Run) -> float | None:
     """Return the seconds that a run trained, or where it did not train, that passed from its last start to its end."""
-    if len(run.seconds.dropna()):
-        return float(run.seconds.dropna().iloc[-1])
-    starts = run.record.get("starts") or []
-    if not starts or run.status is None or run.state in ("running", "killed"):
-        return None
-    try:
-        return (datetime.fromisoformat(run.status.time) - datetime.fromisoformat(starts[-1]["time"])).total_seconds()
-    except (KeyError, TypeError, ValueError):
-        return None
+    trained = run.seconds.dropna()
+    return float(trained.iloc[-1]) if len(trained) else run.wall_seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
