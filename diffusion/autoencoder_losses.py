@@ -49,12 +49,16 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(nll: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    nll: Tensor, gan: Tensor, last_layer: Tensor, *, average: Callable[[Tensor], Tensor] = lambda gradient: gradient
+) -> Tensor:
     """Return |d nll / d last_layer| / (|d gan / d last_layer| + 1e-4) in [0, 1e4], detached: VQGAN eq. 7, LDM's code.
 
-    It makes both terms pull equally hard on the decoder's last weights. The graphs of both terms are kept.
+    It makes both terms pull equally hard on the decoder's last weights. The graphs of both terms are kept. `average`
+    makes the gradient of a batch out of that of a device's share.
     """
-    norms = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].float().norm() for term in (nll, gan)]
+    gradients = (torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (nll, gan))
+    norms = [average(gradient.float()).norm() for gradient in gradients]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, MAX_ADAPTIVE_WEIGHT).detach()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.randomness import Draws
 from diffusion.sampling import Noise
 
 
@@ -78,7 +79,7 @@ class Conditioner(nn.Module, ABC):
                 )
         return self.prepare(*(batch[entry] for entry in self.entries))
 
-    def augmented(self, prepared: Prepared, draws: torch.Generator) -> Prepared:
+    def augmented(self, prepared: Prepared, draws: Draws) -> Prepared:
         """What training shows of `prepared`: noise of a level in `train_noise`, or by default none, is on it."""
         return prepared
 

@@ -15,6 +15,7 @@ from diffusion.conditioner import Conditioner, JointInput, alike_parts, shown
 from diffusion.denoiser import NULL_LABEL
 from diffusion.models.vision import PatchEncoder
 from diffusion.process import q_sample
+from diffusion.randomness import Draws
 from diffusion.sampling import Noise
 from diffusion.schedule import Level
 from diffusion.text_conditioning import TextConditioner, XLConditioner
@@ -154,13 +155,13 @@ class LowResolutionConditioner(Conditioner):
             images = _resized(images, self.low_size, self.kernel).clamp(-1, 1)
         return torch.cat([images, torch.zeros_like(images[:, :1])], dim=1) if self.tell_noise else images
 
-    def augmented(self, prepared: Tensor, draws: torch.Generator) -> Tensor:
+    def augmented(self, prepared: Tensor, draws: Draws) -> Tensor:
         low, high = self.train_noise
         if not high:
             return prepared
-        level = low + (high - low) * torch.rand((len(prepared), 1, 1, 1), generator=draws, device=draws.device)
+        level = low + (high - low) * draws.uniform("noise level").view(-1, 1, 1, 1)
         images = prepared[:, : self.channels]
-        return self._noised(images, level, torch.randn(images.shape, generator=draws, device=draws.device))
+        return self._noised(images, level, draws.normal("noise", images.shape[1:]))
 
     def corrupted(self, prepared: Tensor, noise: Noise, level: float | None = None) -> Tensor:
         level = self.noise if level is None else level
@@ -220,9 +221,10 @@ class JointConditioner(Conditioner):
     def null_like(self, prepared: JointInput) -> JointInput:
         return JointInput(tuple(c.null_like(part) for c, part in zip(self.conditioners, prepared.parts, strict=True)))
 
-    def augmented(self, prepared: JointInput, draws: torch.Generator) -> JointInput:
+    def augmented(self, prepared: JointInput, draws: Draws) -> JointInput:
         pairs = zip(self.conditioners, prepared.parts, strict=True)
-        return JointInput(tuple(c.augmented(part, draws) for c, part in pairs))
+        shown = (c.augmented(part, draws.within(f"part {i}")) for i, (c, part) in enumerate(pairs))
+        return JointInput(tuple(shown))
 
     def corrupted(self, prepared: JointInput, noise: Noise, level: float | None = None) -> JointInput:
         pairs = zip(self.conditioners, prepared.parts, strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .denoiser import Network
 from .likelihood import chain_of, vlb_term
 from .process import GaussianDiffusion, q_sample
+from .randomness import Draws
 
 KINDS = ("mse", "l1", "huber", "vlb")
 MIN_SNR = 1e-20  # zero terminal SNR: the weights' limits are taken here, in float64
@@ -137,11 +138,12 @@ class DenoisingLoss:
                 "and nothing else here; set both (loss=hybrid task.variance=learned) or neither"
             )
 
-    def noise(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw eps shaped like x0 (B, C, H, W) from a generator on its device."""
-        draw = {"generator": generator, "device": x0.device, "dtype": x0.dtype}
-        eps = torch.randn(x0.shape, **draw)
-        return eps + self.offset_noise * torch.randn((*x0.shape[:2], 1, 1), **draw) if self.offset_noise else eps
+    def noise(self, x0: Tensor, draws: Draws) -> Tensor:
+        """Draw eps shaped like x0 (B, C, H, W)."""
+        eps = draws.normal("eps", x0.shape[1:]).to(x0)
+        if self.offset_noise:
+            eps = eps + self.offset_noise * draws.normal("offset", (x0.shape[1], 1, 1)).to(x0)
+        return eps
 
     def __call__(
         self,

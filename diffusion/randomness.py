@@ -5,8 +5,11 @@ and an image does not depend on its batch.
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 
 def fold(seed: int, *keys: int | str) -> int:
@@ -18,3 +21,19 @@ def fold(seed: int, *keys: int | str) -> int:
 def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator on `device` for this purpose: `generator(seed, "train", step, rank)`."""
     return torch.Generator(device=device).manual_seed(fold(seed, *keys))
+
+
+class Draws(Protocol):
+    """What is random about a batch of B samples, on the device where it is used; `diffusion.draws` has some."""
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Return standard normal numbers (B, *shape), float32."""
+
+    def uniform(self, purpose: str) -> Tensor:
+        """Return a number (B,) in [0, 1) for each sample, independently."""
+
+    def stratified(self, purpose: str) -> Tensor:
+        """Return a number (B,) in [0, 1) for each sample: in random order, one in each of as many equal parts."""
+
+    def within(self, name: str) -> "Draws":
+        """Return draws for a part that names its own purposes."""

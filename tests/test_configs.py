@@ -11,11 +11,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tiny import ROOT
 
+from diffusion import latent_facts
 from diffusion.autoencoder_losses import AutoencoderLoss
+from diffusion.draws import SampleDraws
 from diffusion.models.classifier import Classifier
 from diffusion.pretrained.guided_diffusion_classifier import classifier_config, classifier_flags
 from diffusion.process import GaussianDiffusion
-from diffusion.randomness import generator
 from diffusion.sampling import SampleNoise
 from diffusion.training.classifier import ClassifierTask
 from diffusion.training.denoiser import DenoiserTask
@@ -36,6 +37,7 @@ LATENTS_OF = {
 
 def composed(*overrides: str, name: str = "train") -> dict:
     """Return the resolved config; what a user must give is given."""
+    latent_facts.register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose(name, overrides=list(overrides))
     for key in OmegaConf.missing_keys(cfg):
@@ -275,7 +277,7 @@ def test_every_loss_gives_a_gradient(option):
     net = torch.nn.Conv2d(CHANNELS, diffusion.out_channels(CHANNELS), 3, padding=1)
     x0 = torch.rand(4, CHANNELS, SIZE, SIZE) * 2 - 1
     t = torch.tensor([0, 1, 500, 999])
-    terms = loss(diffusion, lambda x, t: net(x), x0, t, loss.noise(x0, generator(0, "test")), {})
+    terms = loss(diffusion, lambda x, t: net(x), x0, t, loss.noise(x0, SampleDraws(0, range(4))), {})
     terms.loss.mean().backward()
     assert net.weight.grad.isfinite().all() and net.weight.grad.abs().sum() > 0
 
@@ -283,7 +285,7 @@ def test_every_loss_gives_a_gradient(option):
 @pytest.mark.parametrize("option", options("timestep_sampler"))
 def test_every_timestep_sampler_stays_on_the_chain(option):
     sampler = built(composed(f"timestep_sampler={option}", "num_train_timesteps=7")["timestep_sampler"])
-    t, weight = sampler(64, generator(0, "test"))
+    t, weight = sampler(SampleDraws(0, range(64)))
     assert set(t.tolist()) <= set(range(7)) and weight.shape == (64,)
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import normal
 
+from diffusion.draws import SampleDraws
 from diffusion.losses import P2, DenoisingLoss, MinSNR, TruncatedSNR, in_output_space, snr_weight
 from diffusion.process import GaussianDiffusion, q_sample, target
-from diffusion.randomness import generator
 from diffusion.schedule import cosine, linear, zero_terminal_snr
 
 SHAPE = (5, 2, 3, 3)
@@ -274,8 +274,8 @@ def test_a_network_with_the_wrong_channels_is_told_which_fit():
 
 def test_offset_noise_is_constant_over_the_image_and_has_its_own_size():
     x0 = torch.zeros(400, 3, 8, 8)
-    plain = DenoisingLoss().noise(x0, generator(0))
-    offset = DenoisingLoss(offset_noise=0.5).noise(x0, generator(0)) - plain
+    draws = SampleDraws(0, range(400))
+    offset = DenoisingLoss(offset_noise=0.5).noise(x0, draws) - DenoisingLoss().noise(x0, draws)
     assert torch.allclose(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-5)
     each = offset[:, :, 0, 0]
     assert abs(each.std() - 0.5) < 4 * 0.5 / math.sqrt(2 * each.numel())
@@ -284,12 +284,14 @@ def test_offset_noise_is_constant_over_the_image_and_has_its_own_size():
     assert np.abs(between).max() < 4 / math.sqrt(400)  # each channel has its own
 
 
-def test_noise_is_standard_normal_and_decided_by_the_generator():
+def test_noise_is_standard_normal_and_decided_by_seed_and_sample():
     x0 = torch.zeros(50, 3, 16, 16)
-    eps = DenoisingLoss().noise(x0, generator(0))
+    eps = DenoisingLoss().noise(x0, SampleDraws(0, range(50)))
     assert abs(eps.std() - 1) < 4 / math.sqrt(2 * eps.numel())
     for loss in (DenoisingLoss(), DenoisingLoss(offset_noise=0.1)):
-        draws = [loss.noise(x0, generator(seed)) for seed in (0, 0, 1)]
+        places = ((0, 0), (0, 0), (1, 0), (0, 10))
+        draws = [loss.noise(x0, SampleDraws(seed, range(first, first + 50))) for seed, first in places]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
-    assert DenoisingLoss().noise(x0.double(), generator(0)).dtype == torch.float64
+        assert torch.equal(draws[0][10:], draws[3][:-10])
+    assert DenoisingLoss().noise(x0.double(), SampleDraws(0, range(50))).dtype == torch.float64

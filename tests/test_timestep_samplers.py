@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.randomness import generator
+from diffusion.draws import SampleDraws
 from diffusion.timestep_samplers import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 
 ALL = (UniformTimesteps, StratifiedTimesteps, ImportanceTimesteps)
@@ -29,7 +29,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("make", ALL)
 def test_timesteps_are_uniform_and_weigh_one_at_the_start(make):
-    t, weight = make(20)(20000, generator(0, "t"))
+    t, weight = make(20)(SampleDraws(0, range(20000)))
     assert t.shape == weight.shape == (20000,)
     assert t.dtype == torch.int64
     assert weight.dtype == torch.float32
@@ -39,9 +39,9 @@ def test_timesteps_are_uniform_and_weigh_one_at_the_start(make):
 
 
 @pytest.mark.parametrize("make", ALL)
-def test_the_generator_decides_everything(make):
+def test_the_draws_decide_everything(make):
     sampler = warmed()[0] if make is ImportanceTimesteps else make(6)
-    first, again, other = (sampler(64, generator(0, "t", step))[0] for step in (1, 1, 2))
+    first, again, other = (sampler(SampleDraws(0, range(64 * step, 64 * step + 64)))[0] for step in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -49,7 +49,7 @@ def test_the_generator_decides_everything(make):
 @properties
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 5))
 def test_stratified_timesteps_take_one_from_each_equal_part_of_the_chain(total, batch, seed):
-    t, _ = StratifiedTimesteps(total)(batch, generator(seed))
+    t, _ = StratifiedTimesteps(total)(SampleDraws(seed, range(batch)))
     assert ((t >= 0) & (t < total)).all()
     for k, step in enumerate(
         sorted(t.tolist())
@@ -58,13 +58,13 @@ def test_stratified_timesteps_take_one_from_each_equal_part_of_the_chain(total, 
 
 
 def test_a_batch_as_long_as_the_chain_visits_every_timestep_once():
-    t, _ = StratifiedTimesteps(50)(50, generator(0))
+    t, _ = StratifiedTimesteps(50)(SampleDraws(0, range(50)))
     assert sorted(t.tolist()) == list(range(50))
     assert t.tolist() != sorted(t.tolist())
 
 
 def test_stratified_timesteps_have_less_variance():
-    sums = {make: torch.tensor([make(1000)(16, generator(k))[0].double().mean() for k in range(200)])
+    sums = {make: torch.tensor([make(1000)(SampleDraws(k, range(16)))[0].double().mean() for k in range(200)])
             for make in (UniformTimesteps, StratifiedTimesteps)}  # fmt: skip
     assert sums[StratifiedTimesteps].std() < 0.2 * sums[UniformTimesteps].std()
     assert abs(sums[StratifiedTimesteps].mean() - 499.5) < 4 * 1000 / 12**0.5 / 16 / 200**0.5
@@ -78,20 +78,20 @@ def test_importance_is_guided_diffusions_formula():
     weights *= 1 - 0.01
     weights += 0.01 / len(weights)
     assert np.allclose(sampler.probabilities(), weights, rtol=1e-12)
-    t, weight = sampler(500, generator(0))
+    t, weight = sampler(SampleDraws(0, range(500)))
     assert np.allclose(weight, 1 / (len(weights) * weights[t]), rtol=1e-6)
 
 
 def test_importance_draws_by_its_probabilities():
     sampler, _ = warmed()
-    t, _ = sampler(20000, generator(0))
+    t, _ = sampler(SampleDraws(0, range(20000)))
     assert chi_square(torch.bincount(t, minlength=6), sampler.probabilities()) < 20.5  # 5 degrees of freedom, 1 in 1000
 
 
 def test_importance_weights_leave_the_mean_unbiased():
     sampler, _ = warmed()
     f = torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0, 9.0])
-    t, weight = sampler(40000, generator(1))
+    t, weight = sampler(SampleDraws(1, range(40000)))
     of_each = torch.zeros(6).index_put((t,), weight)  # every timestep occurs
     assert (sampler.probabilities() * of_each * f).sum().item() == pytest.approx(f.mean().item(), rel=1e-6)
     draws = weight * f[t]
@@ -133,7 +133,7 @@ def test_the_history_rides_in_the_state_dict():
     for each in (sampler, other):
         each.update(torch.tensor([2, 2, 4]), torch.tensor([9.0, 8.0, 7.0]))
     assert torch.equal(sampler.probabilities(), other.probabilities())
-    assert torch.equal(sampler(64, generator(3))[0], other(64, generator(3))[0])
+    assert torch.equal(sampler(SampleDraws(3, range(64)))[0], other(SampleDraws(3, range(64)))[0])
     assert not list(sampler.parameters())
 
 
@@ -148,7 +148,7 @@ def test_losses_with_a_gradient_are_noted_without_it():
 def test_losses_change_nothing_for_other_samplers(make):
     told, untold = make(5), make(5)
     told.update(torch.tensor([0, 1]), torch.tensor([1.0, 1e6]))
-    drawn = (sampler(8, torch.Generator().manual_seed(0)) for sampler in (told, untold))
+    drawn = (sampler(SampleDraws(0, range(8))) for sampler in (told, untold))
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
 
 

@@ -9,11 +9,12 @@ import torch
 from autoencoder_cases import DISCRIMINATOR, GAN, KL, LOSS, VECTOR, VQ, Watch, tiny_autoencoder
 from PIL import Image
 from safetensors.torch import load_file
-from training_cases import Stopped, assert_same_outcome
+from training_cases import Stopped, alone, assert_same_outcome
 
 from diffusion.autoencoder_losses import AdversarialLoss, AutoencoderLoss
 from diffusion.checkpoint import load_autoencoder, read_header
 from diffusion.data.digits import Digits
+from diffusion.draws import SampleDraws
 from diffusion.latents import encode_moments
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.discriminator import PatchDiscriminator
@@ -151,7 +152,7 @@ def one_step(tmp_path, **changes):
     """Return the task after one forward and backward pass of the discriminator's first step, without Lightning."""
     config = tiny_autoencoder(tmp_path, **GAN, loss__adversarial__start=0, autoencoder__dropout=0.0, **changes)
     task, data = build_task(config), build(config["data"])
-    task._trainer = type("Trainer", (), {"world_size": 1, "global_rank": 0, "global_step": 0})()
+    alone(task)
     batch = next(iter(data.train_dataloader()))
     out = task.training_step(batch, 0)
     out["loss"].backward()
@@ -164,7 +165,7 @@ def test_each_side_gets_the_gradient_of_its_own_loss(tmp_path):
     task.zero_grad()
     task.gan_means.pop(lambda sums: sums)
     # The same by two backward passes over separate graphs.
-    output = task.autoencoder(x, task._noise(x, "autoencoder", 0, 0))
+    output = task.autoencoder(x, task._noise(x, SampleDraws(0, range(len(x)))))
     terms = task._terms(x, output)
     wanted = -task.discriminator(output.reconstruction).mean()
     norms = [

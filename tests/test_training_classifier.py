@@ -14,10 +14,11 @@ from training_cases import Stopped, assert_same_outcome, tiny
 
 from diffusion.checkpoint import load_autoencoder, load_classifier, read_header, weights_hash
 from diffusion.data.digits import Digits
+from diffusion.draws import SampleDraws
 from diffusion.latents import encode_moments
 from diffusion.process import q_sample
-from diffusion.randomness import generator
-from diffusion.timestep_samplers import ImportanceTimesteps, StratifiedTimesteps
+from diffusion.randomness import fold
+from diffusion.timestep_samplers import ImportanceTimesteps
 from diffusion.training.guard import NonFiniteLoss
 from diffusion.training.metrics import read_rows
 from diffusion.training.noised import QUARTERS, add_quarters, quarter_means, quarter_sums
@@ -166,21 +167,20 @@ def test_each_step_shows_the_keyed_noise_at_the_keyed_timesteps(tmp_path):
     schedule = build_task(tiny_classifier(tmp_path)).diffusion.schedule
     assert len(Shown.seen) == 3
     for number, (x, t, batch) in enumerate(Shown.seen):
-        draws = generator(0, "train", number, 0)
-        expected = torch.randint(50, (len(x),), generator=draws)
-        eps = torch.randn(x.shape, generator=draws)
-        assert torch.equal(t, expected)
-        assert torch.equal(x, q_sample(batch["image"], eps, schedule.level(t)))
+        draws = SampleDraws(0, range(number * len(x), (number + 1) * len(x)))
+        assert torch.equal(t, (draws.uniform("timestep") * 50).long())
+        assert torch.equal(x, q_sample(batch["image"], draws.normal("eps", (1, 8, 8)), schedule.level(t)))
 
 
 def test_latents_are_drawn_anew_for_each_key_and_alike_for_the_same(tmp_path, autoencoder):
     task = build_task(latent_classifier(tmp_path, autoencoder))
     batch = {"image": torch.linspace(-1, 1, 3 * 64).view(3, 1, 8, 8)}
     mean, logvar = encode_moments(task.autoencoder, batch["image"]).chunk(2, dim=1)
-    for key in (("train", 0, 0), ("train", 1, 0), ("train", 0, 1), ("validation", 0, 0)):
-        noise = torch.randn(mean.shape, generator=generator(0, "latent", *key))
+    for seed, first in ((0, 0), (0, 3), (1, 0)):
+        draws = SampleDraws(seed, range(first, first + 3))
+        noise = draws.normal("latent", mean.shape[1:])
         drawn = (mean + (logvar / 2).exp() * noise - 0.1) * 0.7  # the file's shift and scale_factor
-        torch.testing.assert_close(task.clean(batch, *key), drawn)
+        torch.testing.assert_close(task.clean(batch, draws), drawn)
 
 
 def test_the_network_is_told_scaled_times_where_the_process_says_so(tmp_path):
@@ -188,7 +188,7 @@ def test_the_network_is_told_scaled_times_where_the_process_says_so(tmp_path):
     config["diffusion"]["time_scale"] = 20.0
     train(config)
     ((_, time, _),) = Shown.seen
-    assert torch.equal(time / 20, torch.randint(50, time.shape, generator=generator(0, "train", 0, 0)).float())
+    assert torch.equal(time / 20, (SampleDraws(0, range(len(time))).uniform("timestep") * 50).floor().float())
 
 
 def test_clean_images_are_shown_clean_at_timestep_zero(tmp_path):
@@ -250,11 +250,9 @@ def test_validation_repeats_its_noise_and_covers_all_images_alike(tmp_path):
     task, data = build_task(config).eval(), Digits(batch_size=250)
     losses = []
     for number, batch in enumerate(data.val_dataloader()):  # 250, 250, 97
-        fixed = generator(0, "validation", number, 0)
-        t, _ = StratifiedTimesteps(50)(len(batch["image"]), fixed)
-        x = q_sample(
-            batch["image"], torch.randn(batch["image"].shape, generator=fixed), task.diffusion.schedule.level(t)
-        )
+        draws = SampleDraws(fold(0, "validation"), range(250 * number, 250 * number + len(batch["image"])))
+        t = (draws.spread() * 50).long()
+        x = q_sample(batch["image"], draws.normal("eps", (1, 8, 8)), task.diffusion.schedule.level(t))
         with torch.no_grad():
             losses.append(F.cross_entropy(task.classifier(x, t), batch["label"], reduction="none"))
     assert first == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
@@ -278,8 +276,8 @@ def test_means_by_quarter_are_means_of_their_samples():
 
 @pytest.mark.parametrize("noised", [True, False])
 def test_it_learns_better_than_chance_and_first_where_there_is_little_noise(tmp_path, noised):
-    short = {"trainer__max_steps": 60, "trainer__val_check_interval": 60, "trainer__log_every_n_steps": 20}
-    quiet = {"callbacks__checkpoints__every_n_steps": 60, "lr_scheduler": None, "timestep_sampler": None}
+    short = {"trainer__max_steps": 90, "trainer__val_check_interval": 90, "trainer__log_every_n_steps": 20}
+    quiet = {"callbacks__checkpoints__every_n_steps": 90, "lr_scheduler": None, "timestep_sampler": None}
     train(tiny_classifier(tmp_path, **short, **quiet, optimizer__lr=5e-3, task__noised=noised, data__batch_size=120))
     accuracy = column(tmp_path, "val/accuracy@1")[-1]
     if noised:

@@ -13,12 +13,12 @@ from training_cases import Stopped, assert_same_outcome, tiny
 from diffusion.condition_images import choose_images
 from diffusion.conditioning import JointConditioner, LowResolutionConditioner
 from diffusion.data.digits import Digits
+from diffusion.draws import SampleDraws
 from diffusion.generate import choose_asked, generate
 from diffusion.guidance import NoGuidance
 from diffusion.images import read_text, save_npz, save_png, to_uint8
 from diffusion.pretrained import guided_diffusion
 from diffusion.process import GaussianDiffusion
-from diffusion.randomness import generator
 from diffusion.sample_folder import files_hash
 from diffusion.sampling import Sampler
 from diffusion.schedule import cosine
@@ -93,16 +93,14 @@ def test_training_reduces_as_super_res_train_does():
 # --- noise conditioning augmentation ---------------------------------------------------------------------------------
 
 
-def draws(*key):
-    return generator(0, "condition", *key)
+def draws(count: int) -> SampleDraws:
+    return SampleDraws(0, range(count))
 
 
 def test_without_noise_nothing_changes_and_nothing_is_drawn():
     part = conditioner()
     prepared = part.prepare(torch.rand(2, *SHAPE))
-    source = draws()
-    assert part.augmented(prepared, source) is prepared
-    assert torch.equal(source.get_state(), draws().get_state())
+    assert part.augmented(prepared, None) is prepared
     assert part.corrupted(prepared, torch.randn_like) is prepared
 
 
@@ -111,7 +109,7 @@ def test_the_noise_is_that_of_the_process_at_a_uniform_level():
     part = conditioner(train_noise=[0.2, 0.8], noise=0.5, tell_noise=True)
     prepared = part.prepare(torch.full((4000, 3, 4, 4), 0.5))
     assert prepared.shape == (4000, 4, 4, 4) and not prepared[:, 3].any()
-    noisy = part.augmented(prepared, draws())
+    noisy = part.augmented(prepared, draws(4000))
     level = noisy[:, 3, 0, 0]
     assert torch.equal(noisy[:, 3], level[:, None, None].expand(-1, 4, 4))
     assert 0.2 <= level.min() < 0.21 and 0.79 < level.max() <= 0.8
@@ -151,7 +149,7 @@ def test_noise_falls_on_the_image_only_and_on_null_conditions_alike():
     joint = JointConditioner([conditioner(noise=0.3, droppable=False), conditioner(entry="other")])
     assert joint.low_size == (4, 4) and joint.train_noise == (0.3, 0.3)
     prepared = joint.prepare([torch.zeros(2, *SHAPE), torch.zeros(2, *SHAPE)])
-    for noisy in (joint.augmented(prepared, draws()), joint.corrupted(prepared, torch.randn_like)):
+    for noisy in (joint.augmented(prepared, draws(2)), joint.corrupted(prepared, torch.randn_like)):
         assert noisy.parts[0].std() > 0.1 and not noisy.parts[1].any()
         told, away = joint(noisy), joint(noisy, torch.ones(2, dtype=torch.bool))
         assert torch.equal(told["concat"], away["concat"])
@@ -202,16 +200,17 @@ def upscaling(run_dir, **changes):
     return tiny(run_dir, **parts, **{"trainer__max_steps": 4, "callbacks__samples__sampler": sampler, **changes})
 
 
-def test_noise_in_training_is_a_function_of_seed_batch_and_rank(tmp_path):
+def test_noise_in_training_is_a_function_of_seed_and_sample(tmp_path):
     batch = {"image": torch.rand(6, 1, 8, 8), "label": torch.arange(6)}
+    task: DenoiserTask = build_task(upscaling(tmp_path))
 
-    def concat(*key, seed=0) -> torch.Tensor:
-        task: DenoiserTask = build_task(upscaling(tmp_path, seed=seed))
-        return task.condition(batch, *key)["concat"]
+    def concat(first: int, seed: int = 0) -> torch.Tensor:
+        return task.condition(batch, SampleDraws(seed, range(first, first + 6)))["concat"]
 
-    assert torch.equal(concat("train", 3, 0), concat("train", 3, 0))
-    others = [concat("train", 4, 0), concat("train", 3, 1), concat("validation", 3, 0), concat("train", 3, 0, seed=1)]
-    assert not any(torch.equal(concat("train", 3, 0), other) for other in others)
+    assert torch.equal(concat(18), concat(18))
+    assert not any(torch.equal(concat(18), other) for other in (concat(24), concat(18, seed=1)))
+    half = {name: values[3:] for name, values in batch.items()}
+    assert torch.equal(task.condition(half, SampleDraws(0, range(21, 24)))["concat"], concat(18)[3:])
 
 
 def test_a_run_with_noise_goes_on_bit_for_bit(tmp_path):

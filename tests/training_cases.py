@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -139,6 +140,14 @@ def tiny(run_dir: Any, **changes: Any) -> dict[str, Any]:
             node = node[part]
         node[leaf] = value
     return config
+
+
+def alone(task: Any) -> Any:
+    """The task with as much of a trainer as one training step on one device asks for."""
+    task._trainer = SimpleNamespace(
+        world_size=1, global_rank=0, global_step=0, accumulate_grad_batches=1, num_training_batches=100
+    )
+    return task
 
 
 class Stopped(RuntimeError):

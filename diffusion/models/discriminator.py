@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 NORMS = ("batch", "act", "none")
@@ -27,6 +28,11 @@ class ActNorm(nn.Module):
     def _initialise(self, x: Tensor) -> None:
         """Fit this batch, unless a checkpoint brought what an earlier one gave."""
         mean, std = x.float().mean((0, 2, 3), keepdim=True), x.float().std((0, 2, 3), keepdim=True)
+        if dist.is_available() and dist.is_initialized():  # all devices must begin with the same weights
+            moments = torch.stack([mean, std.square() + mean.square()])
+            dist.all_reduce(moments)
+            mean, square = moments / dist.get_world_size()
+            std = (square - mean.square()).clamp(min=0).sqrt()
         self.shift.copy_(torch.where(self.initialised, self.shift, -mean))
         self.scale.copy_(torch.where(self.initialised, self.scale, 1 / (std + 1e-6)))
         self.initialised.fill_(True)

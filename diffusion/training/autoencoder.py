@@ -18,12 +18,12 @@ from diffusion.autoencoder_losses import (
     discriminator_loss,
     generator_loss,
 )
+from diffusion.draws import SampleDraws
 from diffusion.latents import encode_moments, is_deterministic
-from diffusion.randomness import fold, generator
 from diffusion.training.latent_scale import LatentStatistics
 from diffusion.training.optimizers import JointOptimizer
-from diffusion.training.similarity import similarity
-from diffusion.training.task import Means, OptimizerPartial, SchedulerPartial, Task, seed_dropout
+from diffusion.training.similarity import SIMILARITY, similarity
+from diffusion.training.task import Means, OptimizerPartial, SchedulerPartial, Task
 
 GAN_NAMES = ("gan", "adaptive_weight", "discriminator", "logits_real", "logits_fake")
 
@@ -66,6 +66,13 @@ class AutoencoderTask(Task):
             autoencoder.compile()
 
     @property
+    def rank_buffers(self) -> tuple[str, ...]:
+        """The sums since the last log."""
+        names = ("means.sums", "gan_means.sums", "code_counts")
+        own = dict(self.named_buffers())
+        return tuple(name for name in names if name in own)
+
+    @property
     def net(self) -> nn.Module:
         """What is exported and averaged: the autoencoder."""
         return self.autoencoder
@@ -74,10 +81,8 @@ class AutoencoderTask(Task):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Take the loss of one batch, and the discriminator's beside it; see `JointOptimizer` for who learns what."""
-        key = (self.batches_seen, self.global_rank)
-        seed_dropout(fold(self.seed, "dropout", *key), self.device)
         x = batch["image"]
-        output = self.autoencoder(x, self._noise(x, "autoencoder", *key))
+        output = self.autoencoder(x, self._noise(x, self.draws(len(x), batch_idx)))
         terms = self._terms(x, output)
         values, objective = term_values(terms, self.loss), terms.loss
         discriminator = x.new_zeros(())
@@ -92,20 +97,17 @@ class AutoencoderTask(Task):
         self.means.add({**values, "loss": objective})
         if output.indices is not None:
             self.code_counts.index_add_(0, output.indices.flatten(), torch.ones_like(output.indices.flatten()))
-        self.batches_seen += 1
-        return {"loss": objective + discriminator}
+        return {"loss": self.counted(objective + discriminator, len(x), batch_idx)}
 
     @property
     def _adversary_begun(self) -> bool:
         return self.discriminator is not None and self.loss.adversarial.begun(self.trainer.global_step)
 
-    def _noise(self, x: Tensor, *key: int | str) -> Tensor | None:
-        """Return the draw from q(z | x) that `key` determines, for autoencoders that have such a distribution."""
+    def _noise(self, x: Tensor, draws: SampleDraws) -> Tensor | None:
+        """Return the noise of a draw from q(z | x), for autoencoders that have such a distribution."""
         if is_deterministic(self.autoencoder):
             return None
-        draws = generator(self.seed, *key, device=self.device)
-        shape = (len(x), *self.autoencoder.latent_shape(x.shape[1:]))
-        return torch.randn(shape, generator=draws, device=self.device)
+        return draws.normal("autoencoder", self.autoencoder.latent_shape(x.shape[1:]))
 
     def _terms(self, x: Tensor, output: Any) -> LossTerms:
         mean, logvar = output.moments or (None, None)
@@ -123,7 +125,7 @@ class AutoencoderTask(Task):
         wanted = generator_loss(torch.func.functional_call(self.discriminator, constants, (reconstruction,)).float())
         weight = wanted.new_ones(())
         if gan.adaptive:
-            weight = adaptive_weight(terms.nll, wanted, self.autoencoder.last_layer)
+            weight = adaptive_weight(terms.nll, wanted, self.autoencoder.last_layer, average=self.averaged)
         real, fake = (self.discriminator(image.detach()).float() for image in (x, reconstruction))
         return {
             "gan": wanted,
@@ -135,6 +137,7 @@ class AutoencoderTask(Task):
 
     def on_train_start(self) -> None:
         """Warn of a discriminator that would never start."""
+        super().on_train_start()
         if self.discriminator is None:
             return
         start, steps = self.loss.adversarial.start, self.trainer.estimated_stepping_batches
@@ -170,48 +173,53 @@ class AutoencoderTask(Task):
 
     def pop_losses(self) -> dict[str, float]:
         """Return the means since the last call of all terms, and of the codebook how much of it was in use."""
-        means = self.means.pop(self._summed)
+        means = self.means.pop(self.summed)
         if self.gan_means is not None:
-            means |= self.gan_means.pop(self._summed)
+            means |= self.gan_means.pop(self.summed)
             if self.discriminator_gradient_norm is not None:
                 means["discriminator_grad_norm"] = float(self.discriminator_gradient_norm)
         if is_deterministic(self.autoencoder):
-            used, perplexity = codebook_usage(self._summed(self.code_counts.clone()))
+            used, perplexity = codebook_usage(self.summed(self.code_counts))
             self.code_counts.zero_()
             means |= {"codebook_usage": float(used), "codebook_perplexity": float(perplexity)}
         return {f"train/{name}": value for name, value in means.items()}
 
-    def _summed(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
-
     # -- validation ----------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the statistics of the latents anew."""
+        """Begin the means and the statistics of the latents anew."""
+        perceptual = self.loss.perceptual is not None and self.loss.perceptual_weight
+        names = ["loss", *SIMILARITY, *(["perceptual"] if perceptual else [])]
+        self._validation = {name: Means(names).to(self.device) for name, _ in self.weights()}
         self._latents = LatentStatistics()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log losses with the same noise each time, and how like the images their reconstructions from the mode are."""
+        """Measure losses with the same noise each time, and how like images their reconstructions from the mode are."""
+        batch, draws, count = self.validated(batch, batch_idx)
         x = batch["image"]
-        noise = self._noise(x, "validation", batch_idx, self.global_rank)
+        noise = self._noise(x, draws)
         for name, weights in self.weights():
             with weights:
                 output = self.autoencoder(x, noise)
                 mode = output if noise is None else self.autoencoder(x)
                 terms = self._terms(x, output)
             if not name:
-                self._latents.add(encode_moments(self.autoencoder, x, torch.float32))
+                moments = encode_moments(self.autoencoder, x, torch.float32)
+                self._latents.add(moments[:count])
             measured = {"loss": terms.loss, **similarity(mode.reconstruction, x)}
             if terms.perceptual is not None:
                 measured["perceptual"] = terms.perceptual
-            for metric, value in measured.items():
-                self.log(f"val/{metric}{name}", value, batch_size=len(x), logger=False, sync_dist=True)
+            self._validation[name].add(measured, weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log mean and standard deviation of each latent channel."""
-        for what, values in (("mean", self._latents.mean), ("std", self._latents.std)):
+        """Log the means over all ranks, and mean and standard deviation of each latent channel."""
+        for name, means in self._validation.items():
+            for metric, value in means.pop(self.summed).items():
+                self.log(f"val/{metric}{name}", value, logger=False)
+        latents = self._latents.together(self.summed, self.device)
+        for what, values in (("mean", latents.mean), ("std", latents.std)):
             for channel, value in enumerate(values.tolist()):
-                self.log(f"val/latent_{what}_{channel:02d}", value, logger=False, sync_dist=True)
+                self.log(f"val/latent_{what}_{channel:02d}", value, logger=False)
 
     # -- before and after ----------------------------------------------------------------------------------------------
 

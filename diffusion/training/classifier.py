@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.checkpoint import Part, load_weights
+from diffusion.draws import SampleDraws
 from diffusion.losses import ClassifierTerms, classifier_loss
 from diffusion.process import GaussianDiffusion, q_sample
-from diffusion.randomness import fold, generator
-from diffusion.timestep_samplers import StratifiedTimesteps, UniformTimesteps
+from diffusion.timestep_samplers import UniformTimesteps
 from diffusion.training.noised import NoisedTask, add_quarters, quarter_means, quarter_sums
-from diffusion.training.task import OptimizerPartial, SchedulerPartial, seed_dropout
+from diffusion.training.task import OptimizerPartial, SchedulerPartial, batch_size
 
 
 class ClassifierTask(NoisedTask):
@@ -65,28 +65,24 @@ class ClassifierTask(NoisedTask):
         return batch
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Take the loss of one batch at random timesteps; its numbers depend on seed, batch number and rank alone."""
-        key = (self.batches_seen, self.global_rank)
-        seed_dropout(fold(self.seed, "dropout", *key), self.device)
-        draws = generator(self.seed, "train", *key, device=self.device)
-        x0 = self.clean(batch, "train", *key)
-        x, t, weight = self._shown(x0, self.timestep_sampler, draws)
+        """Take the loss of one batch at random timesteps; its numbers depend on seed and samples alone."""
+        size = batch_size(batch)
+        draws = self.draws(size, batch_idx)
+        x0 = self.clean(batch, draws)
+        t, weight = self.timestep_sampler(draws) if self.noised else (None, 1.0)
+        x, t = self._shown(x0, t, draws)
         terms = self._judge(x, t, batch["label"])
         objective = (terms.loss * weight).mean()
         overall = torch.stack([objective, terms.top1.mean(), terms.top5.mean()])
         self.note(t if self.noised else None, torch.stack(terms), overall)
-        self.batches_seen += 1
-        return {"loss": objective, "t": t}
+        return {"loss": self.counted(objective, size, batch_idx), "t": t}
 
-    def _shown(
-        self, x0: Tensor, sampler: UniformTimesteps, draws: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Return what the classifier is shown of x0 (B, C, H, W), at which timesteps (B,), and what each weighs."""
-        if not self.noised:
-            return x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device), 1.0
-        t, weight = sampler(len(x0), draws)
-        eps = torch.randn(x0.shape, generator=draws, device=x0.device, dtype=x0.dtype)
-        return q_sample(x0, eps, self.diffusion.schedule.level(t)), t, weight
+    def _shown(self, x0: Tensor, t: Tensor | None, draws: SampleDraws) -> tuple[Tensor, Tensor]:
+        """Return what the classifier is shown of x0 (B, C, H, W) at t (B,), and t; None shows it clean, at 0."""
+        if t is None:
+            return x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+        eps = draws.normal("eps", x0.shape[1:]).to(x0)
+        return q_sample(x0, eps, self.diffusion.schedule.level(t)), t
 
     def _judge(self, x: Tensor, t: Tensor, label: Tensor) -> ClassifierTerms:
         return classifier_loss(self.classifier(x, self.diffusion.time(x, t)), label)
@@ -99,22 +95,22 @@ class ClassifierTask(NoisedTask):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Judge the same timesteps and noise each time, with the raw weights and with each average."""
-        key = (batch_idx, self.global_rank)
-        fixed = generator(self.seed, "validation", *key, device=self.device)
-        x0 = self.clean(batch, "validation", *key)
-        x, t, _ = self._shown(x0, StratifiedTimesteps(self.diffusion.schedule.num_train_timesteps), fixed)
+        batch, draws, count = self.validated(batch, batch_idx)
+        x0 = self.clean(batch, draws)
+        t = self.timestep_sampler.timesteps(draws.spread()) if self.noised else None
+        x, t = self._shown(x0, t, draws)
         quarter = self._quarter(t if self.noised else None)
         for name, weights in self.weights():
             with weights:
                 values = torch.stack(self._judge(x, t, batch["label"]))
-            add_quarters(self._validation[name], quarter, values, values.mean(1), weight=len(x0))
+            if count:
+                add_quarters(self._validation[name], quarter, values, values.mean(1), weight=count)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks."""
         for weights, sums in self._validation.items():
-            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            for name, mean in quarter_means(sums, self.measured).items():
-                self.log(f"val/{name}{weights}", mean, logger=False, sync_dist=True)
+            for name, mean in quarter_means(self.summed(sums), self.measured).items():
+                self.log(f"val/{name}{weights}", mean, logger=False)
 
     # -- before and after ----------------------------------------------------------------------------------------------
 

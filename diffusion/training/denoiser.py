@@ -1,23 +1,22 @@
 """What is one training step of a denoiser? Keyed draws, one loss, sums for the log; every formula is elsewhere.
 
-All randomness is a function of (seed, purpose, number of the micro-batch, rank), so that a resumed run continues bit
-for bit and ranks never share noise.
+All randomness is a function of (seed, purpose, number of the sample in the run): see `Task`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffusion.checkpoint import Part
 from diffusion.denoiser import NULL_LABEL
+from diffusion.draws import SampleDraws
 from diffusion.losses import DenoisingLoss
 from diffusion.process import GaussianDiffusion
-from diffusion.randomness import fold, generator
-from diffusion.timestep_samplers import StratifiedTimesteps, UniformTimesteps
+from diffusion.stored_condition import condition_on
+from diffusion.timestep_samplers import UniformTimesteps
 from diffusion.training.noised import NoisedTask, part_of
-from diffusion.training.task import OptimizerPartial, SchedulerPartial, seed_dropout
+from diffusion.training.task import Means, OptimizerPartial, SchedulerPartial, batch_size
 
 
 class DenoiserTask(NoisedTask):
@@ -78,49 +77,55 @@ class DenoiserTask(NoisedTask):
         return nn.ModuleDict({"net": self.net, "conditioner": self.trained_conditioner})
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Take the loss of one batch at random timesteps; its numbers depend on seed, batch number and rank alone."""
-        key = (self.batches_seen, self.global_rank)
-        # The one place where training sets a global seed: dropout, inside the network, knows no other generator.
-        seed_dropout(fold(self.seed, "dropout", *key), self.device)
-        draws = generator(self.seed, "train", *key, device=self.device)
-        x0 = self.clean(batch, "train", *key)
-        t, weight = self.timestep_sampler(len(x0), draws)
+        """Take the loss of one batch at random timesteps; its numbers depend on seed and samples alone."""
+        size = batch_size(batch)
+        draws = self.draws(size, batch_idx)
+        x0 = self.clean(batch, draws)
+        t, weight = self.timestep_sampler(draws)
         eps = self.loss.noise(x0, draws)
-        drop = None
-        if self.condition_drop:
-            drop = torch.rand(len(x0), generator=draws, device=draws.device) < self.condition_drop
-        condition = self.condition(batch, "train", *key, drop=drop)
+        drop = draws.uniform("drop") < self.condition_drop if self.condition_drop else None
+        condition = self.condition(batch, draws, drop=drop)
         terms = self.loss(self.diffusion, self.net, x0, t, eps, condition)
         objective = (terms.loss * weight).mean()
         self.note(t, terms.loss[None], objective[None])
-        self.batches_seen += 1
-        return {"loss": objective, "t": t}
+        return {"loss": self.counted(objective, size, batch_idx), "t": t}
 
-    def condition(self, batch: Mapping[str, Any], *key: int | str, drop: Tensor | None = None) -> dict[str, Tensor]:
-        """Return what the network is told of a batch; samples where `drop` (B,) is True are told nothing.
-
-        What a conditioner changes at random, `key` determines.
-        """
+    def condition(
+        self, batch: Mapping[str, Any], draws: SampleDraws, *, drop: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return what the network is told of a batch; samples where `drop` (B,) is True are told nothing."""
         condition = condition_of(batch, self.net)
         if drop is not None and "label" in condition:
             condition["label"] = condition["label"].masked_fill(drop, NULL_LABEL)
         if self.conditioner is not None:
-            draws = generator(self.seed, "condition", *key, device=self.device)
-            prepared = self.conditioner.augmented(self.conditioner.prepare_batch(batch), draws)
-            condition |= self.conditioner(prepared, drop)
+            condition |= condition_on(self.conditioner, batch, draws.within("condition"), drop)
         return condition
 
+    # -- validation ----------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the means anew, for the raw weights and for each average."""
+        self._validation = {name: Means(["loss"]).to(self.device) for name, _ in self.weights()}
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the loss at the same timesteps and noise each time, of the raw weights and of each average."""
-        fixed = generator(self.seed, "validation", batch_idx, self.global_rank, device=self.device)
-        x0 = self.clean(batch, "validation", batch_idx, self.global_rank)
-        t, _ = StratifiedTimesteps(self.diffusion.schedule.num_train_timesteps)(len(x0), fixed)
-        eps = self.loss.noise(x0, fixed)
+        """Take the loss at the same timesteps and noise each time, of the raw weights and of each average."""
+        batch, draws, count = self.validated(batch, batch_idx)
+        x0 = self.clean(batch, draws)
+        t = self.timestep_sampler.timesteps(draws.spread())
+        eps = self.loss.noise(x0, draws)
         for name, weights in self.weights():
             with weights:
-                condition = self.condition(batch, "validation", batch_idx, self.global_rank)
+                condition = self.condition(batch, draws)
                 loss = self.loss(self.diffusion, self.net, x0, t, eps, condition).loss.mean()
-            self.log(f"val/loss{name}", loss, batch_size=len(x0), logger=False, sync_dist=True)
+            self._validation[name].add({"loss": loss}, weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the samples of all ranks."""
+        for name, means in self._validation.items():
+            for metric, mean in means.pop(self.summed).items():
+                self.log(f"val/{metric}{name}", mean, logger=False)
+
+    # -- before and after ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the network and of what trains with it, and their schedule."""

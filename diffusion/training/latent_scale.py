@@ -9,7 +9,7 @@ scale was never measured, or for other data.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ class LatentStatistics:
         self.count += mean.shape[1]
         self._sum = self._sum + mean.sum(1)
         self._squares = self._squares + (mean.square() + logvar.exp()).sum(1)
+
+    def together(self, summed: Callable[[Tensor], Tensor], device: torch.device) -> "LatentStatistics":
+        """Return the statistics of all ranks, whose tensors on `device` are added up by `summed`."""
+        all_ranks, channels = LatentStatistics(), len(self._sum)
+        own = torch.cat([torch.tensor([float(self.count)], dtype=torch.float64), self._sum, self._squares])
+        total = summed(own.to(device if device.type == "cuda" else "cpu")).cpu()
+        all_ranks.count = int(total[0])
+        all_ranks._sum, all_ranks._squares = total[1:].split(channels)
+        return all_ranks
 
     @property
     def mean(self) -> Tensor:

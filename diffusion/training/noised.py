@@ -1,7 +1,6 @@
 """What do the tasks share that learn from noisy images? Latents, draws of timesteps, means by quarter of the chain.
 
-All randomness is a function of (seed, purpose, number of the micro-batch, rank), so that a resumed run continues bit
-for bit and ranks never share noise.
+All randomness is a function of (seed, purpose, number of the sample in the run): see `Task`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.checkpoint import Part
+from diffusion.draws import SampleDraws
 from diffusion.latents import encode_moments
 from diffusion.models.autoencoder import Moments
 from diffusion.process import GaussianDiffusion
-from diffusion.randomness import generator
 from diffusion.timestep_samplers import UniformTimesteps
 from diffusion.training.task import Task
 
@@ -30,6 +29,7 @@ class NoisedTask(Task):
     """
 
     measured: tuple[str, ...] = ("loss",)
+    rank_buffers = ("sums",)
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class NoisedTask(Task):
         self.bundle = bundle
         # Sums since the last log, see `add_quarters`. A buffer, so that a checkpoint between two logs carries it.
         self.register_buffer("sums", quarter_sums(self.measured))
+        self._untold: list[tuple[Tensor, Tensor]] = []  # timesteps and losses of this optimizer step
 
     @property
     def autoencoder(self) -> nn.Module | None:
@@ -68,37 +69,45 @@ class NoisedTask(Task):
         for module in self._frozen.values():
             module.to(self.device).eval()
 
-    def clean(self, batch: Mapping[str, Any], *key: int | str) -> Tensor:
-        """Return x0 (B, C, H, W): the images, or their latents with a draw from q(z|x) that `key` determines."""
+    def clean(self, batch: Mapping[str, Any], draws: SampleDraws) -> Tensor:
+        """Return x0 (B, C, H, W): the images, or their latents, drawn from q(z|x)."""
         if self.autoencoder is None:
             return batch["image"]
         moments = batch["moments"] if "moments" in batch else encode_moments(self.autoencoder, batch["image"])
         mean, logvar = moments.chunk(2, dim=1)
-        draws = generator(self.seed, "latent", *key, device=self.device)
-        noise = torch.randn(mean.shape, generator=draws, device=self.device)
+        noise = draws.normal("latent", mean.shape[1:])
         return self.autoencoder.normalise(Moments(mean, logvar).sample(noise))
 
     @torch.no_grad()
     def note(self, t: Tensor | None, values: Tensor, overall: Tensor) -> None:
-        """Add a batch to the sums without waiting for the device, and tell the timestep sampler its losses.
+        """Add a batch to the sums without waiting for the device, and keep its losses for the timestep sampler.
 
         values: (measured, B); overall: (measured,), their means over the batch. t (B,) is None where no timestep
         distinguishes the samples.
         """
         add_quarters(self.sums, self._quarter(t), values, overall)
-        if t is None:
+        if t is not None and self.timestep_sampler.learns:
+            self._untold.append((t, values[0].detach()))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell the timestep sampler the losses of the whole step, on every rank those of all, in the samples' order.
+
+        Not sooner: what is drawn must not depend on how many batches the step was accumulated from.
+        """
+        if not self._untold:
             return
-        losses = values[0]
-        if self.trainer.world_size > 1:
-            t, losses = (self.all_gather(value).flatten() for value in (t, losses))
-        self.timestep_sampler.update(t, losses)
+        t, losses = (torch.stack(values) for values in zip(*self._untold, strict=True))  # (batches, B)
+        self._untold.clear()
+        if self.trainer.world_size > 1:  # (ranks, batches, B)
+            t, losses = (self.all_gather(value).transpose(0, 1) for value in (t, losses))
+        self.timestep_sampler.update(t.flatten(), losses.flatten())
 
     def _quarter(self, t: Tensor | None) -> Tensor | None:
         return None if t is None else t * QUARTERS // self.diffusion.schedule.num_train_timesteps
 
     def pop_losses(self) -> dict[str, float]:
         """Return the means of what was measured, in all and of each quarter of the chain, since the last call."""
-        sums = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+        sums = self.summed(self.sums)
         self.sums.zero_()
         return {f"train/{name}": mean for name, mean in quarter_means(sums, self.measured).items()}
 

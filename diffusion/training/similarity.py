@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+SIMILARITY = ("psnr", "ssim", "sharpness", "edge_distance")
+
 
 def similarity(reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Compare images (B, C, H, W) in [-1, 1], which are clamped to that: psnr, ssim, sharpness, edge_distance.
+    """Compare images (B, C, H, W) in [-1, 1], which are clamped to that; by the names of `SIMILARITY`.
 
     PSNR (dB) and SSIM are means over images. SSIM's Gaussian window has sigma 1.5, and 0.5 for images of less than 16
     pixels, which the usual one would cover.
