@@ -66,8 +66,13 @@ def jobs_of(sweep_dir: str | Path) -> list[Job]:
     words = {entry["folder"]: entry["overrides"] for entry in read_sweep(sweep_dir)["jobs"]}
     for path in sorted(sweep_dir.glob(f"*/{OVERRIDES_FILE}")):
         if path.parent.name not in words:
-            words[path.parent.name] = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+            words[path.parent.name] = words_of(path.parent)
     return [Job(sweep_dir / name, as_mapping(said), read_status(sweep_dir / name)) for name, said in words.items()]
+
+
+def words_of(folder: Path) -> list[str]:
+    """Return the words that a job was last begun with."""
+    return yaml.safe_load((folder / OVERRIDES_FILE).read_text(encoding="utf-8")) or []
 
 
 def as_mapping(words: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ without -m, sends its output to log.txt, passes signals on, and says in STATUS h
 """
 
 import csv
+import json
 import math
 import os
 import shlex
@@ -56,7 +57,7 @@ class JobProcess:
     sweep_dir: str  # as typed: relative to `directory`, or absolute
     folder_key: str  # run_dir or out_dir
     keys: tuple[str, ...]  # what is varied, for the folders of a search, whose jobs sweep.yaml cannot name beforehand
-    objective: str | None = None  # a column of metrics.csv
+    objective: str | None = None  # a column of metrics.csv or a score of metrics.json
     owner: int = 0  # the id of the sweep's own process, which takes care of signals itself
     environment: tuple[tuple[str, str], ...] = ()  # what is added to that of a job: its share of the cores
     gpus: tuple[str, ...] = ()  # those that all jobs share
@@ -249,20 +250,28 @@ def last_words(log: Path, began: int = 0) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def final_value(folder: Path, column: str) -> float:
-    """Return the last value of a column of metrics.csv. Raises JobFailed where there is none, or it is not finite."""
-    try:
-        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except OSError:
-        raise JobFailed(f"objective={column}: {folder} has no metrics.csv") from None
-    values = [row[column] for row in rows if row.get(column)]
-    if not values:
-        there = ", ".join(sorted({name for row in rows for name, value in row.items() if value and name != "step"}))
-        raise JobFailed(f"objective={column} was never measured; metrics.csv has {there or 'no values'}")
-    if not math.isfinite(float(values[-1])):
-        raise JobFailed(f"objective={column} is {values[-1]}")
-    return float(values[-1])
+def final_value(folder: Path, name: str) -> float:
+    """Return the last value of a column of metrics.csv, or a score of metrics.json.
+
+    Raises JobFailed where there is none, or it is not finite.
+    """
+    found = _scores(folder / "metrics.json") | _last_values(folder / "metrics.csv")
+    if name not in found:
+        raise JobFailed(f"objective={name} was not measured; {folder} has {', '.join(sorted(found)) or 'no metrics'}")
+    if not math.isfinite(found[name]):
+        raise JobFailed(f"objective={name} is {found[name]}")
+    return found[name]
+
+
+def _last_values(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if name and value}
+
+
+def _scores(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8"))["scores"] if path.exists() else {}
 
 
 def _quoted(value: str) -> str:

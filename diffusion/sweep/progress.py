@@ -19,12 +19,16 @@ NOT_BEGUN = "waiting"  # the state of a job that no STATUS tells of
 
 
 class Watch(threading.Thread):
-    """Print what becomes of the jobs while it is open: `labels` has {folder: "[3/8] schedule=linear"} of each."""
+    """Print what becomes of the jobs while it is open: `labels` has {folder: "[3/8] schedule=linear"} of each.
 
-    def __init__(self, labels: Mapping[Path, str], *, terminal: bool | None = None) -> None:
+    `search` is the folder of a search, where jobs appear as it goes, at most `total` in all.
+    """
+
+    def __init__(self, labels: Mapping[Path, str], *, search: Path | None = None, total: int | None = None) -> None:
         super().__init__(name="sweep-watch", daemon=True)
         self._labels = dict(labels)
-        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._search, self._total = search, total
+        self._terminal = sys.stderr.isatty()
         self._before = {folder: _begun(folder) for folder in labels}
         self._running: dict[Path, str] = {}  # the last line about each
         self._over: set[Path] = set()
@@ -51,8 +55,9 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         """Print a line for each job that has begun, or ended, since the last look."""
+        self._find()
         for folder, label in self._labels.items():
-            if folder in self._over or (begun := _begun(folder)) is None or begun == self._before[folder]:
+            if folder in self._over or (begun := _begun(folder)) is None or begun == self._before.get(folder):
                 continue
             if folder not in self._running:
                 self._running[folder] = ""
@@ -62,6 +67,16 @@ class Watch(threading.Thread):
                 self._over.add(folder)
                 del self._running[folder]
                 self._say(f"{label} {ending(status)} {clock(elapsed(folder))}{_error(status)}")
+
+    def _find(self) -> None:
+        """Number the jobs that a search has begun since the last look."""
+        if self._search is None:
+            return
+        new = [path.parent for path in self._search.glob(f"*/{OVERRIDES_FILE}") if path.parent not in self._labels]
+        for folder in sorted(new, key=lambda folder: _begun(folder) or 0):
+            of = "" if self._total is None else f"/{self._total}"
+            self._labels[folder] = f"[{len(self._labels) + 1}{of}] {folder.name}"
+            self._before[folder] = None
 
     def _tell_running(self) -> None:
         lines = {folder: last_line(folder / LOG_FILE) for folder in self._running}

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +17,17 @@ from diffusion.cli.composing import CONFIGS
 from diffusion.cli.mistakes import check_complete, check_types
 from diffusion.code_state import git_commit
 from diffusion.run_folder import locked, read_status
-from diffusion.sweep.folder import SWEEP_FILE, Job, as_mapping, folder_names, jobs_of, read_sweep, write_sweep
-from diffusion.sweep.job import DONE, STOP_FILE, JobProcess, write_stop
+from diffusion.sweep.folder import (
+    OVERRIDES_FILE,
+    SWEEP_FILE,
+    Job,
+    as_mapping,
+    folder_names,
+    jobs_of,
+    read_sweep,
+    write_sweep,
+)
+from diffusion.sweep.job import DONE, STOP_FILE, JobFailed, JobProcess, final_value, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
 from diffusion.sweep.share import with_share
@@ -60,29 +69,20 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
     from hydra.types import HydraContext, RunMode
 
     args = get_args_parser().parse_args(list(arguments))
-    flags = ["--config-dir", os.path.abspath(args.config_dir)] if args.config_dir else []
     config_name = args.config_name or command.config_name
-    flags += ["--config-name", config_name] if args.config_name else []
     with hydra_of(command.config_name, config_dir=args.config_dir) as hydra:
         if (name := named_sweep(args.overrides)) is not None:
             check_named(name, command.config_name, hydra.config_loader.get_group_options(GROUP))
         cfg = hydra.compose_config(config_name, [*command.ahead, *args.overrides], run_mode=RunMode.MULTIRUN)
         check_plugins(cfg)
         search = cfg.hydra.sweeper._target_ != GRID
-        typed = [word for word in args.overrides if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
-        todo = plan(
-            cfg,
-            typed,
-            command=command.config_name,
-            folder_key=command.folder_key,
-            texts=command.texts,
-            search=search,
-        )
+        check_objective(cfg, search=search)
+        todo = plan(cfg, args.overrides, command.config_name, command.folder_key, texts=command.texts, search=search)
         _put_sweep_dir(cfg, todo.sweep_dir)
         check_jobs(hydra.config_loader, cfg, todo, config_name, command.ahead)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
         job = JobProcess(
-            start=(*command.start, *flags),
+            start=(*command.start, *_flags(args)),
             directory=os.getcwd(),
             sweep_dir=todo.sweep_dir,
             folder_key=command.folder_key,
@@ -95,9 +95,24 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
             context.callbacks.on_multirun_start(config=cfg, config_name=config_name)
             trouble = _search(cfg, context, job, todo) if search else _grid(cfg, context, job, todo, record, signals)
             status = conclude(todo, record, trouble, signals, search=search)
+            print_best(cfg, todo.sweep_dir)
             if not signals:
                 context.callbacks.on_multirun_end(config=cfg, config_name=config_name)
     return status
+
+
+def _flags(args: Any) -> tuple[str, ...]:
+    """Return the flags that each job needs, too."""
+    given = {"--config-dir": args.config_dir and os.path.abspath(args.config_dir), "--config-name": args.config_name}
+    return tuple(word for flag, value in given.items() if value for word in (flag, value))
+
+
+def check_objective(cfg: Any, *, search: bool) -> None:
+    """Raise ValueError where a search does not know what to look for, or which values are good."""
+    if search and cfg.get("objective") is None:
+        raise ValueError("a search needs to know what to look for; add objective=METRIC, such as val/loss_ema")
+    if (direction := cfg.get("direction", "minimize")) not in ("minimize", "maximize"):
+        raise ValueError(f"direction must be minimize or maximize, got {direction!r}")
 
 
 @contextmanager
@@ -242,12 +257,15 @@ def _search(cfg: Any, context: Any, job: JobProcess, todo: Plan) -> Exception | 
     print(f"a search in {todo.sweep_dir}", file=sys.stderr)
     job = with_share(job, cfg, cfg.hydra.sweeper.get("n_jobs") or 1)
     sweeper = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=job)
-    try:
-        sweeper.sweep(arguments=list(todo.words))
-    except KeyboardInterrupt:
-        return None
-    except Exception as error:
-        return error
+    folder = Path(todo.sweep_dir)
+    labels = {job.folder: f"[{i}] {job.folder.name}" for i, job in enumerate(jobs_of(folder), 1)}
+    with Watch(labels, search=folder, total=cfg.hydra.sweeper.get("n_trials")):
+        try:
+            sweeper.sweep(arguments=list(todo.words))
+        except KeyboardInterrupt:  # for the second time
+            return None
+        except Exception as error:
+            return error
     return None
 
 
@@ -298,7 +316,8 @@ def conclude(
     """Print the table of the jobs and return the sweep's exit status."""
     jobs = jobs_of(todo.sweep_dir)
     if search:
-        write_sweep(todo.sweep_dir, {**record, "jobs": [_entry(todo.sweep_dir, job) for job in jobs]})
+        entries = [{"folder": job.folder.name, "overrides": words_of(job.folder)} for job in jobs]
+        write_sweep(todo.sweep_dir, {**record, "jobs": entries})
     else:
         jobs = jobs[: len(todo.jobs)]
     print(table({f"[{i}/{len(jobs)}] {job.folder.name}": job for i, job in enumerate(jobs, 1)}), file=sys.stderr)
@@ -314,8 +333,15 @@ def conclude(
     return 0 if done == len(jobs) and trouble is None else FAILED
 
 
-def _entry(sweep_dir: str, job: Job) -> dict[str, Any]:
-    import yaml
-
-    words = yaml.safe_load((job.folder / "overrides.yaml").read_text(encoding="utf-8"))
-    return {"folder": job.folder.name, "overrides": words}
+def print_best(cfg: Any, sweep_dir: str) -> None:
+    """Print which job has the best value of the objective, where there is one."""
+    if (objective := cfg.get("objective")) is None:
+        return
+    found = {}
+    for job in jobs_of(sweep_dir):
+        if job.status is not None and job.status.state in DONE:
+            with suppress(JobFailed):
+                found[job.folder.name] = final_value(job.folder, objective)
+    if found:
+        best = (max if cfg.direction == "maximize" else min)(found, key=found.__getitem__)
+        print(f"best {objective}: {found[best]:.6g} of {best}", file=sys.stderr)

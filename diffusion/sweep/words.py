@@ -36,24 +36,26 @@ def named_sweep(words: Sequence[str]) -> str | None:
     return names[-1] if names and names[-1] not in ("", "null") else None
 
 
-def plan(cfg: Any, typed: Sequence[str], *, command: str, folder_key: str, texts: Sequence[str], search: bool) -> Plan:
-    """Return what the typed words and the sweep that they name stand for; `cfg` is Hydra's config of the sweep.
+def plan(
+    cfg: Any, words: Sequence[str], command: str, folder_key: str, *, texts: Sequence[str] = (), search: bool = False
+) -> Plan:
+    """Return what the words of a command line and the sweep that they name stand for; `cfg` is Hydra's of the sweep.
 
     Raises ValueError for what cannot be swept over: nothing, or the folder of the jobs.
     """
     params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
-    read = _by_key([*params, *(word for word in typed if word.partition("=")[0] != GROUP)])
-    words = [override.input_line for override in read.values()]
+    typed = [word for word in words if not word.lstrip("+~").startswith((f"{GROUP}=", "hydra.", "hydra/"))]
+    read = _by_key([*params, *typed])
     _check(read, folder_key, texts)
     given = read.pop("sweep_dir", None)
     values = {key: _values(override, search=search) for key, override in read.items()}
     keys = tuple(key for key, found in values.items() if len(found) != 1)
     jobs = [] if search else list(itertools.product(*values.values()))
-    name = named_sweep(typed) or _recipe(cfg, read) or command
-    words = [override.input_line for override in read.values()]
-    identity = [*words, *(word for word in cfg.hydra.overrides.hydra if word.startswith("hydra/sweeper="))]
+    name = named_sweep(words) or _recipe(cfg, read) or command
+    meant = [override.input_line for override in read.values()]
+    identity = [*meant, *(word for word in words if word.startswith("hydra/sweeper="))]
     place = f"{FOLDERS}/{name}-{digest(identity)}" if given is None else as_mapping([given.input_line])["sweep_dir"]
-    return Plan(name, tuple(words), keys, tuple(jobs), place)
+    return Plan(name, tuple(meant), keys, tuple(jobs), place)
 
 
 def _by_key(words: Sequence[str]) -> dict[str, Any]:
