@@ -1,14 +1,9 @@
 """What becomes of a run, told to its folder by the process that runs it: STATUS, record.yaml, one run at a time."""
 
-import ctypes
-import os
 import shlex
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from diffusion.checkpoint import atomic_write
 from diffusion.cli import explain
 from diffusion.processes import Stopped, stoppable
+from diffusion.ranks import end_with_first_rank
 from diffusion.run_folder import (
     STATUS,
     first_process,
@@ -32,8 +28,6 @@ from diffusion.run_folder import (
 from diffusion.training.checkpoint_files import candidates
 from diffusion.training.checkpoints import Interrupted
 from diffusion.training.resume import Refused
-
-PARENT = "DIFFUSION_FIRST_RANK"  # the process that started the other ranks of this machine
 
 
 class Attempt:
@@ -173,33 +167,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return device.type
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks that Lightning starts
-
-
-def end_with_first_rank() -> None:
-    """Let a rank that Lightning started end when the process that started it does, even by SIGKILL.
-
-    Otherwise it would wait for it, for half an hour, with the memory of its device.
-    """
-    parent = os.environ.get(PARENT)
-    if "RANK" in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's, or the one that starts others
-        os.environ[PARENT] = str(os.getpid())
-        return
-    if parent is None:
-        return
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    else:
-        threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
-    if os.getppid() != int(parent):  # it ended before this was said
-        os._exit(1)
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
