@@ -31,7 +31,7 @@ from diffusion.training.footprint import (
     size_of,
     tensors_of,
 )
-from diffusion.training.interruptions import Event, age_of_process, guessed, times_due
+from diffusion.training.interruptions import Event, age_of_process, discriminator_start, guessed, times_due
 from diffusion.training.metrics import peak_memory
 
 HEADROOM = 0.95  # of the memory that is there
@@ -90,16 +90,17 @@ class Forecast:
 # parts of it
 
 
-def described(trainer: Trainer, twin: Twin, needs: StepNeeds) -> dict[str, Any]:
-    """Return what is known of a run before any of its steps."""
+def described(trainer: Trainer, twin: Twin, needs: StepNeeds, max_steps: int) -> dict[str, Any]:
+    """Return what is known of a run of so many steps before any of them."""
     trained, frozen = parameter_counts(twin.task)
     return {
         "device": str(twin.device),
         "batch_size": needs.batch_size,
-        "max_steps": trainer.max_steps,
+        "max_steps": max_steps,
         "parameters": trained,
         "frozen": frozen,
         "flops_per_step": needs.flops,
+        "disk_bytes": disk_bytes(trainer, max_steps, *sizes_of_twin(twin)),
     }
 
 
@@ -116,12 +117,11 @@ def largest_batch(one: StepNeeds, two: StepNeeds, room: float) -> int:
     return max(0, int(one.batch_size + (room - one.peak) / max(slope, 1.0)))
 
 
-def disk_bytes(trainer: Trainer, checkpoint: int, model: int) -> int:
-    """Return the bytes of all checkpoints and models that stay, of which one has these many."""
+def disk_bytes(trainer: Trainer, steps: int, checkpoint: int, model: int) -> int:
+    """Return the bytes of what stays after so many steps, where a checkpoint and a model have these many."""
     saving = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
     if saving is None:
         return model
-    steps = trainer.max_steps
     kept = min(saving.keep_last, times_due(saving.every_n_steps, steps))
     kept += steps // saving.keep_every_n_steps if saving.keep_every_n_steps else 0
     best = getattr(saving, "best", None)
@@ -245,13 +245,17 @@ class StartForecast(Callback):
 
     def _ask(self, trainer: Trainer, sample: Mapping[str, Any]) -> None:
         batch = resized(sample, trainer.datamodule.batch_size)
-        self._needs = needs = self._twin.needs(batch, step=max(trainer.global_step, trainer.max_steps - 1))
+        last = max(trainer.global_step, trainer.max_steps - 1)
+        self._needs = needs = self._twin.needs(batch, step=last)
+        self._begun = discriminator_start(self._twin.task)
+        self._dearer = 1.0  # times the work of a step, once a discriminator has begun
+        if trainer.global_step < self._begun <= last:
+            self._dearer = needs.flops / self._twin.needs(batch, step=trainer.global_step).flops
         doubled = needs._replace(batch_size=2 * needs.batch_size, peak=needs.peak + needs.activations)
         room = HEADROOM * available_memory(self._twin.device) - self._process
         self.found = Forecast(
-            **described(trainer, self._twin, needs),
+            **described(trainer, self._twin, needs, trainer.max_steps),
             memory=memory_of(needs, self._process),
-            disk_bytes=disk_bytes(trainer, *sizes_of_twin(self._twin)),
             largest_batch=largest_batch(needs, doubled, room),
         )
         found = self.found
@@ -292,14 +296,15 @@ class StartForecast(Callback):
         timed = self._steps[WARM_UP:] or self._steps
         a_step, waiting = (statistics.median(values) for values in zip(*timed, strict=True))
         events = guessed(trainer, task, a_step)
-        steps = trainer.max_steps - self._first_step
+        steps = trainer.max_steps - trainer.global_step
+        steps += (self._dearer - 1) * max(0, trainer.max_steps - max(self._begun, trainer.global_step))
         between = sum(event.times * event.seconds for event in events)
         self.found = dataclasses.replace(
             self.found,
             memory=memory_of(self._needs, self._process, measured=peak_memory(task.device)),
             seconds_per_step=a_step,
             data_seconds=waiting,
-            total_seconds=age_of_process() + (steps - len(self._steps)) * a_step + between,
+            total_seconds=age_of_process() + steps * a_step + between,
             events=events,
         )
         print(

@@ -20,12 +20,10 @@ from diffusion.training.forecast import (
     Forecast,
     StartForecast,
     described,
-    disk_bytes,
     largest_batch,
     memory_of,
     process_memory,
     size,
-    sizes_of_twin,
 )
 from diffusion.training.progress import StepBar
 from diffusion.training.rehearsal import NEVER, VALIDATION_BATCHES, Rehearsal, TooBig
@@ -80,9 +78,8 @@ def without_time(refusal: TooBig, trainer: Trainer, twin: Twin, process: int) ->
     """Return the forecast of a run whose step does not fit into this machine's memory."""
     available = available_memory(twin.device)
     return Forecast(
-        **described(trainer, twin, refusal.needs),
+        **described(trainer, twin, refusal.needs, trainer.max_steps),
         memory=memory_of(refusal.needs, process),
-        disk_bytes=disk_bytes(trainer, *sizes_of_twin(twin)),
         largest_batch=largest_batch(refusal.needs, refusal.doubled, HEADROOM * available - process),
         notes=[
             f"a step does not fit into the {size(available)} that are free here: nothing was run and no time measured; "
@@ -111,9 +108,8 @@ def rehearsed(config: Mapping[str, Any], folder: Path, twin: Twin, process: int)
     rehearsal.finish(trainer)
     needs = max((phase.needs for phase in rehearsal.phases), key=lambda needs: needs.peak)
     return Forecast(
-        **described(trainer, twin, rehearsal.phases[-1].needs) | {"max_steps": rehearsal.max_steps},
+        **described(trainer, twin, rehearsal.phases[-1].needs, rehearsal.max_steps),
         memory=memory_of(needs, process, measured=rehearsal.peak),
-        disk_bytes=disk_bytes(trainer, *sizes_of_twin(twin)),
         seconds_per_step=rehearsal.seconds,
         data_seconds=rehearsal.data_seconds,
         total_seconds=rehearsal.total_seconds,

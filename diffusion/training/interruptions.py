@@ -27,6 +27,11 @@ def name_of(callback: Callback) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(callback).__name__).lower()
 
 
+def discriminator_start(task: LightningModule) -> int:
+    """Return the step from which on a discriminator takes part; 0 where none does, so that all steps are alike."""
+    return task.loss.adversarial.start if getattr(task, "discriminator", None) is not None else 0
+
+
 def times_due(every_n_steps: int, max_steps: int) -> int:
     """Return how often a run meets a multiple of `every_n_steps` or its last step."""
     return -(-max_steps // every_n_steps)

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from diffusion.training.footprint import StepNeeds, Twin, available_memory, resized
 from diffusion.training.forecast import HEADROOM, largest_batch
-from diffusion.training.interruptions import Event, age_of_process, name_of, times_due, validation_batches, validations
+from diffusion.training.interruptions import (
+    Event,
+    age_of_process,
+    discriminator_start,
+    name_of,
+    times_due,
+    validation_batches,
+    validations,
+)
 from diffusion.training.metrics import peak_memory
 
 WARM_UP = 3  # steps before the clock counts
@@ -239,11 +247,6 @@ class Rehearsal(Callback):
 def agreed(trainer: Trainer, answer: bool) -> bool:
     """Return the first process' answer on all of them."""
     return bool(trainer.strategy.broadcast(answer)) if trainer.world_size > 1 else answer
-
-
-def discriminator_start(task: LightningModule) -> int:
-    """Return the step from which on a discriminator takes part; 0 where none does, so that all steps are alike."""
-    return task.loss.adversarial.start if getattr(task, "discriminator", None) is not None else 0
 
 
 @contextlib.contextmanager
