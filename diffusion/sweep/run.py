@@ -17,16 +17,7 @@ from diffusion.cli.composing import CONFIGS
 from diffusion.cli.mistakes import check_complete, check_types
 from diffusion.code_state import git_commit
 from diffusion.run_folder import locked, read_status
-from diffusion.sweep.folder import (
-    OVERRIDES_FILE,
-    SWEEP_FILE,
-    Job,
-    as_mapping,
-    folder_names,
-    jobs_of,
-    read_sweep,
-    write_sweep,
-)
+from diffusion.sweep.folder import SWEEP_FILE, as_mapping, folder_names, jobs_of, read_sweep, words_of, write_sweep
 from diffusion.sweep.job import DONE, STOP_FILE, JobFailed, JobProcess, final_value, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
