@@ -3,12 +3,10 @@
 python tests/slurm/cluster.py COMMAND...   runs a command on such a cluster (Debian: slurm-wlm and munge) and stops it
 """
 
-import ctypes
 import getpass
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "sinfo", "scontrol")
 NODES = ("node1", "node2")
-PR_SET_PDEATHSIG = 1
+SERVE = "--serve"
 
 CONFIG = """\
 ClusterName=loopback
@@ -70,9 +68,32 @@ def program(name: str) -> str | None:
 def running() -> Iterator[dict[str, str]]:
     """Run a cluster of two nodes with two CPUs each and give the environment that leads Slurm's commands to it.
 
-    Jobs and daemons are ended and the folder is removed however the block ends. Raises RuntimeError, with the tails of
-    the logs, where the nodes are not idle within 30 seconds.
+    Jobs and daemons are ended and the folder is removed however the block ends, and also where this process is killed:
+    another one looks after them. Raises RuntimeError, with the ends of the logs, where the nodes are not idle within 30
+    seconds.
     """
+    command = [sys.executable, str(Path(__file__).resolve()), SERVE]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as keeper:
+        try:
+            if not (said := keeper.stdout.readline()):
+                raise RuntimeError("Slurm did not start; its logs stand above")
+            yield {**os.environ, "SLURM_CONF": said.strip()}
+        finally:
+            keeper.stdin.close()
+            keeper.wait()
+
+
+def serve() -> None:
+    """Run a cluster, print the path of its slurm.conf, and stop when standard input ends, as it does with its owner."""
+    with daemons_running() as environment:
+        print(environment["SLURM_CONF"], flush=True)
+        sys.stdin.read()
+
+
+@contextmanager
+def daemons_running() -> Iterator[dict[str, str]]:
+    """Start the daemons in a new folder, wait until the nodes are idle, and clean up after the block."""
     with ExitStack() as cleanup:
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -132,7 +153,7 @@ def commands(folder: Path) -> list[list[str]]:
 
 
 def start(command: Sequence[str], environment: dict[str, str], folder: Path) -> subprocess.Popen:
-    """Start a daemon that ends with this process, even where this one is killed."""
+    """Start a daemon."""
     with open(folder / "output.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(
             command,
@@ -140,14 +161,7 @@ def start(command: Sequence[str], environment: dict[str, str], folder: Path) -> 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for the command; the daemons are stopped after it
-            preexec_fn=die_with_parent,
         )
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it has gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop(daemons: Sequence[subprocess.Popen], environment: dict[str, str]) -> None:
@@ -204,6 +218,9 @@ def main() -> int:
     if missing := missing_programs():
         print(f"error: there is no {', '.join(missing)}; apt-get install slurm-wlm munge", file=sys.stderr)
         return 2
+    if sys.argv[1:] == [SERVE]:
+        serve()
+        return 0
     with running() as environment:
         return subprocess.run(sys.argv[1:] or ["sinfo"], env=environment).returncode
 
