@@ -19,7 +19,7 @@ function colourOf(number, count, numeric) {
 function colourings(data) {
   const ways = [["configuration", data.runs.map((run) => data.rows[run.row])]];
   data.keys.forEach((key, place) => ways.push([key, data.runs.map((run) => run.values[place])]));
-  if (new Set(data.runs.map((run) => run.seed)).size > 1) ways.push(["seed", data.runs.map((run) => run.seed)]);
+  if (new Set(data.runs.map((run) => run.seed).filter((seed) => seed !== "")).size > 1) ways.push(["seed", data.runs.map((run) => run.seed)]);
   ways.push(["run", data.runs.map((run) => run.label)]);
   return new Map(ways);
 }

@@ -146,7 +146,7 @@ function compareRuns(data) {
 async function showSamples(data) {
   const kinds = JSON.parse(await unpacked("pictures")).kinds;
   const steps = () => Object.keys(kinds[Number($("kind").value)].steps).map(Number).sort((x, y) => x - y);
-  const seeds = [...new Set(data.runs.map((run) => run.seed))];
+  const seeds = [...new Set(data.runs.map((run) => run.seed))].filter((seed) => seed !== "");
   options($("kind"), kinds.map((kind, number) => [number, kind.name]));
   options($("which"), [["", "all"], ...(seeds.length > 1 ? seeds.map((seed) => [seed, `seed ${seed}`]) : [])],
     seeds.length > 1 ? seeds[0] : "");

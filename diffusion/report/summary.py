@@ -206,12 +206,16 @@ def forecasts(varied: Varied) -> list[tuple[str, list[str]]]:
             continue
         peak = run.series(MEMORY).max() if len(run.series(MEMORY)) else None
         held = said.get("memory")
-        total = held.get("total") if isinstance(held, dict) else None
-        time = _against(said.get("total_seconds"), run.wall_seconds if once else None, duration)
+        total = _number(held.get("total")) if isinstance(held, dict) else None
+        time = _against(_number(said.get("total_seconds")), run.wall_seconds if once else None, duration)
         memory = _against(None if total is None else total / 2**30, peak, lambda size: number(size, 2, least=2))
-        flops = said.get("flops_per_step")
-        lines.append((label, [*time, *memory, f"{flops:.3g}" if isinstance(flops, int | float) else ""]))
+        flops = _number(said.get("flops_per_step"))
+        lines.append((label, [*time, *memory, "" if flops is None else f"{flops:.3g}"]))
     return lines
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _against(said: float | None, was: float | None, write: Callable[[float], str]) -> tuple[str, str, str]:

@@ -199,7 +199,7 @@ def decimals(means: Sequence[Mean]) -> int:
     spreads = [one.sd for one in finite if one.sd > 0]
     extent = max(one.mean for one in finite) - min(one.mean for one in finite) if finite else 0
     largest = max((abs(one.mean) for one in finite), default=0)
-    scale = median(spreads) if spreads else extent / 10 or largest / 1000
+    scale = median(spreads) if spreads else extent / 10 or largest / 100
     if scale <= 0:
         return 2
     return max(0, min(1 - math.floor(math.log10(scale)), 5 - math.floor(math.log10(largest or scale)), 8))

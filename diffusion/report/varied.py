@@ -42,7 +42,7 @@ class Varied:
     @property
     def labels(self) -> list[str]:
         """What to call each run: its row and its seed; its folder's name where nothing was varied."""
-        seeds = len({run.seed for run in self.runs}) > 1
+        seeds = len({run.seed for run in self.runs if run.seed}) > 1
         own = [
             ", ".join([*self._words(values), *([f"seed={run.seed}"] if seeds and run.seed else [])]) or run.name
             for run, values in zip(self.runs, self.values, strict=True)
