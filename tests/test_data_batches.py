@@ -211,9 +211,9 @@ class SaveAndStop(Callback):
             self.tick(trainer, module, "on_validation_end")
 
 
-def run(*, module=None, callbacks=(), ckpt_path=None, num_workers=0, batch_size=4, **trainer):
+def run(*, module=None, data=None, callbacks=(), ckpt_path=None, num_workers=0, batch_size=4, **trainer):
     module = module or Recorder()
-    data = CountingData(batch_size=batch_size, num_workers=num_workers)
+    data = data or CountingData(batch_size=batch_size, num_workers=num_workers)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
