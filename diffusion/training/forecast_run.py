@@ -97,8 +97,8 @@ def rehearsed(config: Mapping[str, Any], folder: Path, twin: Twin, process: int)
     task, data = run.build_task(config), run.build(config["data"])
     data = run.with_cache(data, task, config)
     callbacks = [*callbacks_of(config, run.facts_of(task, data), data), rehearsal]
-    brief = {**config, "trainer": {**settings, "limit_val_batches": few}}
-    trainer = run.build_trainer(brief, folder, callbacks, None)
+    brief = {**settings, "limit_val_batches": few, "enable_progress_bar": False}
+    trainer = run.build_trainer({**config, "trainer": brief}, folder, callbacks, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say it
         try:
