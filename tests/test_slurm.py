@@ -144,8 +144,8 @@ def test_the_batch_file_queues_a_preempted_run_again_in_the_folder_of_its_job(si
 
     wait_for(is_under_way, "steps")
     subprocess.run(["scancel", f"--signal={signal}", job], env=cluster, check=True)
-    assert "JobState=COMPLETED" in await_end(cluster, job)
-    assert "Restarts=1" in show(cluster, job)
+    said = await_end(cluster, job)
+    assert "JobState=COMPLETED" in said and "Restarts=1" in said, (said, (tmp_path / "job.log").read_text()[-3000:])
     assert [path for path in tmp_path.glob("outputs/*/*") if path != run] == []
     assert state(run) == "finished" and len(record(run)["starts"]) == 2
     assert weights(run) == undisturbed
