@@ -428,7 +428,8 @@ def test_the_pages_data_can_be_unpacked(tmp_path):
     packed = re.search(r'id="data">([^<]*)<', page)[1]
     data = json.loads(gzip.decompress(b64decode(packed)))
     assert data["compare"]["parts"]["train/loss"] == [[-1, 20], [20, -1]]
-    assert data["compare"]["sections"]["config"] == {"seed": ["0", "1"], "data.seed": ["0", "1"]}
+    seeds = {"texts": ["0", "1"], "of": [0, 1]}
+    assert data["compare"]["sections"]["config"] == {"seed": seeds, "data.seed": seeds}
     assert (tmp_path / "here.csv").exists()
 
 

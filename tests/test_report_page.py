@@ -15,7 +15,8 @@ WIDE, PHONE = (1400, 1000), (390, 844)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    names = ("chromium", "chromium-browser", "google-chrome")
+    programs = [next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")]
     if not all(programs):
         pytest.skip("needs a browser: apt-get install chromium chromium-driver")
     with Browser(*programs) as found:
@@ -187,6 +188,7 @@ def test_two_runs_are_compared(browser, page):
     assert "part at step 20" in browser.texts("#parting")[0]
     rows = browser.texts("#compared td")
     assert "seed" in rows and "uncommitted: train.py" in rows and "data.seed" in rows
+    assert "… 1 equal line\n+seed 0" in rows and "… 1 equal line\n+seed 1" in rows
     assert "The same in both: environment." in browser.texts("#compared p.note")
     browser.choose("run-b", "3")
     assert "task.parameterization" in browser.texts("#compared td")

@@ -63,6 +63,7 @@ function written(value, digits, sign = false) {
 function showDifferences(data) {
   const base = $("baseline").value;
   $("baseline-note").hidden = base === "";
+  $("baseline-name").textContent = data.rows[Number(base)];
   for (const row of all("#table-results tbody tr")) {
     row.classList.toggle("base", row.dataset.row === base);
     data.columns.forEach((column, number) => {
@@ -111,6 +112,20 @@ function table(head, rows) {
   return element("div", { class: "scroll" }, element("table", { class: "compared" }, header, element("tbody", {}, ...rows)));
 }
 
+// Two texts from the line on in which they part, as far as a table can show them.
+const LINES = 8;
+
+function apart(...texts) {
+  const lines = texts.map((text) => (text === undefined ? ["–"] : text.split("\n")));
+  let first = 0;
+  while (first < Math.min(lines[0].length, lines[1].length) - 1 && lines[0][first] === lines[1][first]) first += 1;
+  return lines.map((own) => {
+    const rest = own.length - first - LINES;
+    const before = first ? [`… ${first} equal ${first === 1 ? "line" : "lines"}`] : [];
+    return [...before, ...own.slice(first, first + LINES), ...(rest > 0 ? [`… ${rest} more`] : [])].join("\n");
+  });
+}
+
 function compareRuns(data) {
   const [a, b] = [Number($("run-a").value), Number($("run-b").value)];
   const compare = data.compare;
@@ -128,12 +143,12 @@ function compareRuns(data) {
   const same = [];
   for (const [name, title] of Object.entries(SECTIONS)) {
     if (a === b) break;
-    const keys = Object.entries(compare.sections[name]).filter(([, values]) => values[a] !== values[b]);
+    const keys = Object.entries(compare.sections[name]).filter(([, values]) => values.of[a] !== values.of[b]);
     const missing = [a, b].filter((run) => !compare.known[name][run]);
     if (missing.length) parts.push(element("p", { class: "note" }, `${title}: not recorded for ${missing.map((run) => (run === a ? "A" : "B")).join(" and ")}.`));
     else if (!keys.length) same.push(title.toLowerCase());
     else {
-      const rows = keys.map(([key, values]) => element("tr", {}, ...[key, values[a] ?? "–", values[b] ?? "–"].map((text) => element("td", {}, text))));
+      const rows = keys.map(([key, values]) => element("tr", {}, ...[key, ...apart(values.texts[values.of[a]], values.texts[values.of[b]])].map((text) => element("td", {}, text))));
       parts.push(element("h3", {}, title), table(["", "A", "B"], rows));
     }
   }

@@ -77,6 +77,7 @@ def render(sweeps: Sequence[Sweep], varied: Varied, *, csv_name: str) -> str:
         loss_defining=varied.loss_defining,
         counts=counts(varied.runs),
         ended=any(run.ended for run in varied.runs),
+        unended=any(run.state in ("running", "waiting") for run in varied.runs),
         total_time=duration(sum(times)) if times else "",
         devices=devices(varied),
         verdict=verdict(found),

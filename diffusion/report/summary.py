@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
-from diffusion.report import microscope
+from diffusion.report import difference, microscope
 from diffusion.report.runs import IMAGES_PER_SECOND, UNKNOWN, Run
 from diffusion.report.statistics import mean
 from diffusion.report.tables import COUNTING, Results, duration, number, took
@@ -241,10 +242,15 @@ def run_rows(varied: Varied, results: Results) -> list[RunRow]:
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# two runs
+
+PARTING = ("train/loss", "val/loss", "val/loss_ema", "train/grad_norm")
+LONG = 20_000  # characters of a value that the page holds
+
+
 def comparison(varied: Varied) -> dict[str, Any]:
     """Return what the page compares two runs by: facts that differ among any of them, and steps at which they part."""
-    from diffusion.report import difference
-
     facts = [
         {
             "config": difference.without_places(run.flat),
@@ -268,30 +274,27 @@ def comparison(varied: Varied) -> dict[str, Any]:
     }
 
 
-PARTING = ("train/loss", "val/loss", "val/loss_ema", "train/grad_norm")
-LONG = 1500  # characters of a value that the page holds
-
-
 def _code(run: Run) -> dict[str, Any]:
-    from diffusion.report.difference import changed_files
-
     starts = run.record.get("starts") or []
     if not starts:
         return {}
-    files = {f"uncommitted: {name}": "\n".join(lines) for name, lines in changed_files(run.changes).items()}
+    files = {f"uncommitted: {name}": "\n".join(lines) for name, lines in difference.changed_files(run.changes).items()}
     return {"commit": starts[-1].get("commit") or "unknown"} | files
 
 
-def _differing(mappings: Sequence[dict[str, Any]]) -> dict[str, list[str | None]]:
-    """Return the keys that are not the same in all, with each one's value as text; None: it has no such key."""
+def _differing(mappings: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Return the keys that are not the same in all: {"texts": distinct values, "of": which one each has, or None}."""
     keys = dict.fromkeys(key for own in mappings for key in own)
-    texts = {key: [_short(own[key]) if key in own else None for own in mappings] for key in keys}
-    return {key: values for key, values in texts.items() if len(set(values)) > 1}
+    found = {}
+    for key in keys:
+        values = [_short(own[key]) if key in own else None for own in mappings]
+        texts = list(dict.fromkeys(value for value in values if value is not None))
+        if len(set(values)) > 1:
+            found[key] = {"texts": texts, "of": [None if value is None else texts.index(value) for value in values]}
+    return found
 
 
 def _short(value: Any) -> str:
-    from hashlib import sha256
-
     text = str(value)
     if len(text) <= LONG:
         return text
