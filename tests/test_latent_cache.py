@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +13,9 @@ from PIL import Image
 from torch import nn
 from training_cases import tiny
 
-from diffusion.checkpoint import load_autoencoder, save_model
-from diffusion.data import latents
+from diffusion.checkpoint import save_model
 from diffusion.data.base import ImageData
 from diffusion.data.batches import EpochBatches
-from diffusion.data.digits import Digits
 from diffusion.data.image_folder import ImageFolder
 from diffusion.data.images import TensorImages
 from diffusion.data.latent_cache import LatentSet, cached
@@ -270,48 +267,6 @@ def test_a_gpu_encodes_in_half_precision_what_a_cpu_encodes(tmp_path):
     data = cached(Mirrored(), model.cpu(), tmp_path, device="cuda")
     assert next(model.parameters()).device.type == "cpu"
     assert_same_batches(data.train_dataloader(), Mirrored().train_dataloader(), model, atol=1e-2)
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
-def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Run `python -m diffusion.data.latents` in this process; return exit status, stdout, stderr."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["latents", *arguments])
-    monkeypatch.setattr("warnings.formatwarning", None, raising=False)
-    status = 0
-    try:
-        latents.main()
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_the_command_fills_the_folder_that_training_reads(tmp_path, monkeypatch, capsys):
-    model, cache = autoencoder(in_channels=1), tmp_path / "cache"
-    file = saved(tmp_path / "model.safetensors", model)
-    chosen = ["autoencoder=trained", f"autoencoder.checkpoint={file}", f"latent_cache={cache}"]
-    status, out, err = command(monkeypatch, capsys, *chosen)
-    assert (status, out) == (0, f"{cache} holds the latents of 1200 + 597 images, 0.48 MB\n"), err
-    assert "encoded 1797/1797 images  " in err and "images/s" in err
-    assert command(monkeypatch, capsys, *chosen)[2] == ""  # complete: nothing to do
-    data = cached(Digits(), load_autoencoder(file), cache)
-    assert_same_batches(data.val_dataloader(), Digits().val_dataloader(), model)
-    _, out, _ = command(monkeypatch, capsys, *chosen[:2], f"latent_cache={cache}_half", "latent_dtype=float16")
-    assert "0.25 MB" in out
-    status, _, err = command(monkeypatch, capsys, *chosen, "data=shapes", "data.num_train=9", "data.num_val=2")
-    assert status == 2 and "data.shape was [1, 8, 8] and is [3, 32, 32]" in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["autoencoder=digits"], "name the folder to fill"), (["latent_cache=x"], "this run has no autoencoder")],
-)
-def test_the_command_says_what_is_missing(monkeypatch, capsys, arguments, message):
-    status, _, err = command(monkeypatch, capsys, *arguments)
-    assert status == 2 and message in err
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

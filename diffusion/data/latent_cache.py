@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffusion.checkpoint import weights_hash
 from diffusion.conditioner import Conditioner
 from diffusion.data.base import ImageData
-from diffusion.data.images import KeyedSet, digest
+from diffusion.data.images import ImageSet, KeyedSet, digest
 from diffusion.data.latent_build import LOCK, MANIFEST, LatentBuild, exists, read, refuse_other
 from diffusion.data.table import TEXT, Column, ShardedTable
 from diffusion.latents import NO_NOISE
@@ -112,6 +112,11 @@ def cached(
         data.prepare_data()
         data.setup("fit")
         sets = {"train": data.train_set, "val": data.val_set}
+        if not all(isinstance(images, ImageSet) for images in sets.values()):
+            raise ValueError(
+                "shards that are read as a stream cannot be cached: any image must be at hand; copy them to this disk, "
+                "or set latent_cache=null"
+            )
         made_from = origin(data, autoencoder) | condition_origin(conditioner)
         if not exists(folder / MANIFEST):
             device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -107,7 +107,7 @@ def check(data: ImageData, autoencoder: nn.Module, conditioner: Conditioner | No
             sides = torch.full((len(indices),), mirrored)
             stored = served.samples(indices, sides)
             for entry, fresh in encoded(images.samples(indices, sides), autoencoder, conditioner, device).items():
-                difference = ((stored[entry] - fresh).abs() / fresh.abs().clamp(min=1)).flatten(1).amax(1)
+                difference = ((stored[entry].float() - fresh).abs() / fresh.abs().clamp(min=1)).flatten(1).amax(1)
                 worst = int(difference.argmax())
                 largest = max(largest, float(difference[worst]))
                 if not difference[worst] <= tolerance:
