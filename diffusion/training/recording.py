@@ -129,6 +129,8 @@ def in_words(error: BaseException) -> str:
     text = explain(error).strip()
     if isinstance(error, (ValueError, OSError, HydraException, Interrupted)) and text:
         return text
+    if hasattr(error, "state"):  # it knows what became of the run, and says why
+        return text
     kind = "signal" if isinstance(error, (Stopped, SystemExit)) else type(error).__name__
     return f"{kind}: {text}" if text else kind
 

@@ -1,0 +1,150 @@
+"""How does a search go on? Optuna chooses, Hydra's launcher runs, and a study in the sweep's folder remembers.
+
+Hydra's Optuna sweeper reads the search space and makes jobs of trials. The loop around that is ours, because the
+plugin's own forgets where it was, ends at the first job that fails, and knows nothing of pruning. Nothing here imports
+torch.
+"""
+
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from diffusion.files import atomic_write
+from diffusion.run_folder import read_status
+from diffusion.sweep.job import JobProcess
+from diffusion.sweep.trial import write_trial
+
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper."
+RESULTS_FILE = "optimization_results.yaml"
+STUDY, DATABASE = "search", "search.db"
+HOPELESS = 3  # jobs that fail before any other has ended well: something is wrong with all of them
+FIXED = "fixed_params"  # Optuna's name for the parameters of a trial that nobody had to choose
+
+
+class Search:
+    """Carry a study of `n_trials` to its end; `sweeper` is Hydra's, set up with the launcher, and `signals` stop it.
+
+    What a trial tries is a function of the sampler's seed, its number and the results before it, so that a search that
+    was interrupted goes on as if it had not been. Trials whose jobs failed or were stopped are tried again, in the same
+    folders, when the search is started again.
+    """
+
+    def __init__(self, sweeper: Any, job: JobProcess, cfg: Any, *, signals: Sequence[int] = ()) -> None:
+        self.sweeper, self.job, self.signals = sweeper, job, signals
+        self.settings = cfg.hydra.sweeper
+        self.storage = sweeper.storage or f"sqlite:///{job.root.absolute() / DATABASE}"
+
+    def run(self, words: Sequence[str]) -> None:
+        """Run the trials that are missing and write optimization_results.yaml.
+
+        Raises ValueError where there is nothing to search for or no job comes to an end.
+        """
+        import optuna
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space, fixed = create_params_from_overrides(list(words))
+        if not space:
+            raise ValueError(
+                "there is nothing to search; give a key an interval: 'optimizer.lr=tag(log, interval(1e-4, 1e-2))'"
+            )
+        study = optuna.create_study(
+            study_name=self.sweeper.study_name or STUDY,
+            storage=self.storage,
+            directions=self.sweeper._get_directions(),
+            load_if_exists=True,
+        )
+        self._take_up(study)
+        self._take_up(study)
+        left = self.settings.n_trials - done(study)
+        while left > 0 and not self.signals:
+            trials, jobs = [], []
+            for _ in range(min(left, self.sweeper.n_jobs)):
+                study.sampler = self._sampler(space, chosen(study))
+                trials.append(study.ask())
+                jobs += self.sweeper._configure_trials(trials[-1:], space, fixed)
+            self._launch(study, trials, jobs)
+            left -= len(trials)
+        self._write_results(study)
+
+    def _take_up(self, study: Any) -> None:
+        """Ask again for what was tried without a result: by jobs that failed, or that a stopped search left behind."""
+        from optuna.trial import TrialState
+
+        tried = study.get_trials()
+        for trial in tried:
+            if trial.state == TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+            if trial.state not in (TrialState.RUNNING, TrialState.FAIL) or not trial.params:
+                continue
+            later = tried[trial.number + 1 :]
+            if not any(trial.params in (other.params, other.system_attrs.get(FIXED)) for other in later):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # asking again is an experimental feature, it says
+                    study.enqueue_trial(trial.params)
+
+    def _sampler(self, space: Mapping[str, Any], number: int) -> Any:
+        """Return the sampler for a trial, with a seed of its own where the config has one."""
+        from hydra.utils import instantiate
+
+        sampler = self.sweeper.sampler
+        if isinstance(sampler, functools.partial):  # of a grid
+            return sampler({key: self.sweeper._to_grid_sampler_choices(values) for key, values in space.items()})
+        seed = self.settings.sampler.get("seed")
+        return sampler if seed is None else instantiate(self.settings.sampler, seed=seed + number)
+
+    def _launch(self, study: Any, trials: Sequence[Any], words: Sequence[Sequence[str]]) -> None:
+        """Run the jobs of some trials and tell the study what became of them."""
+        from optuna.trial import TrialState
+
+        folders = [self.job.root / self.job.folder_of(list(said)) for said in words]
+        for trial, folder in zip(trials, folders, strict=True):
+            write_trial(folder, storage=self.storage, study=study.study_name, trial=trial.number)
+        results = self.sweeper.launcher.launch(words, initial_job_idx=trials[0].number)
+        for trial, folder, result in zip(trials, folders, results, strict=True):
+            status = read_status(folder)
+            try:
+                value = float(result.return_value)
+            except Exception as error:  # whatever ended a job; its folder says what
+                if not self.signals:
+                    study.tell(trial, state=TrialState.FAIL)
+                    self._check_hope(study, error)
+                continue
+            if status is not None and status.state == "pruned":
+                study.tell(trial, state=TrialState.PRUNED)
+            else:
+                study.tell(trial, value)
+
+    def _check_hope(self, study: Any, error: Exception) -> None:
+        from optuna.trial import TrialState
+
+        if not done(study) and len(study.get_trials(states=(TrialState.FAIL,))) >= HOPELESS:
+            raise ValueError(f"the first {HOPELESS} jobs all failed; the last one said: {error}")
+
+    def _write_results(self, study: Any) -> None:
+        from optuna.trial import TrialState
+
+        states = Counter(trial.state for trial in study.trials)
+        names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        found: dict[str, Any] = {"name": "optuna", "trials": {name: states[state] for state, name in names.items()}}
+        if states[TrialState.COMPLETE]:
+            best = study.best_trial
+            found |= {"best_params": best.params, "best_value": best.value, "best_trial": best.number}
+        with atomic_write(self.job.root / RESULTS_FILE, durable=False) as partial:
+            partial.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
+
+
+def chosen(study: Any) -> int:
+    """Return how many trials a sampler has chosen, without those that were asked for again."""
+    return sum(FIXED not in trial.system_attrs for trial in study.get_trials(deepcopy=False))
+
+
+def done(study: Any) -> int:
+    """Return how many trials of a study have a result: those that came to their end, and those that were pruned."""
+    from optuna.trial import TrialState
+
+    return len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED), deepcopy=False))
