@@ -6,7 +6,8 @@
     uv run sample.py checkpoint=FILE prompt="a small red star on a blue background" negative_prompt="a circle"
     uv run sample.py sampler=ddpm guidance=none
     uv run sample.py checkpoint=FILE labels=[3,7] guidance=classifier guidance.classifier_checkpoint=FILE
-    uv run sample.py -m out_dir=outputs/steps sampler.num_steps=5,10,20,50,100
+    uv run sample.py -m sampler.num_steps=5,10,20,50,100             # a sweep: a folder each, and a report
+    uv run sample.py sweep=sampler_x_steps checkpoint=FILE           # a named one; sweep= lists them
     uv run sample.py checkpoint=FILE prompts=FILE.txt                # one prompt a line
     uv run sample.py checkpoint=FILE prompt="..." image=PICTURE strength=0.6 mask=PICTURE   # from a picture, or a part
     uv run sample.py sampler=                                        # lists them

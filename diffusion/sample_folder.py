@@ -152,11 +152,10 @@ def _finish(
 
 def _same_command(out_dir: Path) -> str:
     """Return what to type to go on. A default out_dir has the time in it, so the folder must be named."""
-    sweeping = {"-m", "--multirun"} & set(sys.argv)
     end = next((i for i, word in enumerate(sys.argv) if word.startswith(f"++{FROM}=")), 0)  # of what was spelled out
     flags = [word for word in sys.argv[1:end] if word.startswith("-") or not ("=" in word or word.startswith("~"))]
     words = [sys.argv[0], *flags, *(word for word in sys.argv[end + 1 :] if not word.startswith("out_dir="))]
-    return shlex.join([*words, f"out_dir={out_dir.parent if sweeping else out_dir}"])
+    return shlex.join([*words, f"out_dir={out_dir}"])
 
 
 def save_pictures(

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from tiny import ROOT, run, save_tiny
 
-from diffusion.cli import nearest_keys, quoted, sweep_folder
+from diffusion.cli import nearest_keys, quoted
 
 
 @pytest.mark.parametrize("script", ["train", "sample"])
@@ -98,29 +98,19 @@ def test_nothing_is_written_and_the_folder_stays_where_it_was(monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_gives_each_job_a_folder_named_after_its_overrides(monkeypatch, capsys, tmp_path):
+def test_a_sweep_of_samples_goes_on_without_the_job_that_failed(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "model.safetensors")
-    arguments = ["-m", "checkpoint=model.safetensors", "num_samples=2", "out_dir=sweep", "sampler.num_steps=2,3"]
-    status, _, err = run("sample", arguments, monkeypatch, capsys)
-    assert status == 0, err
-    for steps in (2, 3):
-        folder = tmp_path / "sweep" / f"checkpoint=model.safetensors,num_samples=2,sampler.num_steps={steps}"
-        assert (folder / "samples.npz").exists()
+    words = ["-m", "checkpoint=model.safetensors", "num_samples=2", "sweep_dir=sweep", "sampler.num_steps=0,3"]
+    status, _, err = run("sample", words, monkeypatch, capsys)
+    assert status == 1 and "Traceback" not in err
+    assert "[1/2] sampler.num_steps=0 failed" in err and "num_steps must be 1..100" in err
+    assert (tmp_path / "sweep" / "sampler.num_steps=3" / "samples.npz").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "sweep"}
-
-
-def test_one_bad_job_does_not_take_the_sweep_with_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    save_tiny(tmp_path / "model.safetensors")
-    arguments = ["-m", "checkpoint=model.safetensors", "num_samples=2", "out_dir=sweep", "sampler.num_steps=0,3"]
-    status, _, err = run("sample", arguments, monkeypatch, capsys)
-    assert status == 2 and "num_steps must be 1..100" in err and "Traceback" not in err
-    assert len(list((tmp_path / "sweep").glob("*num_steps=3/samples.npz"))) == 1
-
-
-def test_folder_names_hold_no_slashes():
-    assert sweep_folder(["data.root=/a/b", "run_dir=x", "seed=1"], "run_dir") == "data.root=_a_b,seed=1"
+    before = (tmp_path / "sweep" / "sampler.num_steps=3" / "samples.npz").stat().st_mtime_ns
+    status, _, err = run("sample", words, monkeypatch, capsys)
+    assert status == 1 and "[2/2] sampler.num_steps=3 is finished already" in err
+    assert (tmp_path / "sweep" / "sampler.num_steps=3" / "samples.npz").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -159,6 +149,22 @@ def test_texts_and_paths_mean_themselves_to_hydra(argument, value):
     assert ([plain(item) for item in got] if isinstance(got, list) else plain(got)) == value
 
 
-def test_choices_of_a_sweep_stay_choices():
-    override = OverridesParser.create().parse_override(quoted("checkpoint=a,b", ("prompt",)))
-    assert override.is_sweep_override()
+@pytest.mark.parametrize(
+    ("argument", "choices"),
+    [
+        ("checkpoint=a,b", ["a", "b"]),
+        ("checkpoint=x/seed=1/model.safetensors,b", ['"x/seed=1/model.safetensors"', "b"]),
+        ("guidance.guidance_scale=1,2", ["1", "2"]),
+    ],
+)
+def test_choices_of_a_sweep_stay_choices(argument, choices):
+    override = OverridesParser.create().parse_override(quoted(argument, ("prompt",)))
+    assert list(override.sweep_string_iterator()) == choices
+
+
+def test_the_folder_of_a_sweeps_job_is_a_path_not_a_choice(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = "sweep/schedule=linear,seed=0"
+    (tmp_path / path).mkdir(parents=True)
+    override = OverridesParser.create().parse_override(quoted(f"run_dir={path}"))
+    assert not override.is_sweep_override() and override.value() == path

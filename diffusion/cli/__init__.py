@@ -6,7 +6,6 @@ Wraps Hydra for the entry scripts. Nothing here imports torch, so `--help` and `
 import contextlib
 import inspect
 import os
-import re
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diffusion import latent_facts
-from diffusion.cli.composing import CONFIGS, LISTS, composed, defaults_of, flat, list_of, options_of, plain
+from diffusion.cli.composing import CONFIGS, LISTS, composed, defaults_of, flat, in_quotes, list_of, options_of, plain
 from diffusion.cli.mistakes import check_complete, check_types, diagnose, explain, nearest_keys, refuse_unknown_flags
 from diffusion.run_name import run_named
 
@@ -85,19 +84,19 @@ def command(
 
 
 def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
-    """Quote a value for Hydra's grammar where it must mean itself: a text, and anything with "=" or "{" in it.
+    """Quote a value for Hydra's grammar where it must mean itself: a text, and anything with "=" in it, such as a path.
 
-    What is quoted, a list, a choice for a sweep, null or a reference already stays as it is.
+    What is quoted, a list, a choice for a sweep, null or a reference already stays as it is. With "=" and "," it is a
+    path where there is one, such as a sweep's job, else a choice.
     """
     key, equals, value = argument.partition("=")
     if not equals or value in ("", "null") or value.startswith(("[", "{", '"', "'", "${")) or argument.startswith("-"):
         return argument
-    braces = "{" in value.replace("${", "")  # of shards{000..123}.tar, which Hydra would take for a dictionary
-    if key not in texts and (not (braces or "=" in value) or "," in value or "(" in value):
-        return argument
-    # Hydra reads a backslash as itself, except in front of a quote.
-    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value))
-    return f'{key}="{escaped}"'
+    if key in texts or ("=" in value and "(" not in value and ("," not in value or os.path.exists(value))):
+        return f"{key}={in_quotes(value)}"
+    if "=" in value and "(" not in value and not {'"', "'", "["} & set(value):
+        return f"{key}={','.join(in_quotes(choice) if '=' in choice else choice for choice in value.split(','))}"
+    return argument
 
 
 def _asks_for_sweep(arguments: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     children = (flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
     return {key: value for child in children for key, value in child.items()}
+
+
+def in_quotes(value: str) -> str:
+    """Return a value in quotes, so that it means itself in Hydra's grammar."""
+    # Hydra reads a backslash as itself, except in front of a quote.
+    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value))
+    return f'"{escaped}"'
 
 
 def compose(config_name: str, overrides: list[str]) -> Any:

@@ -88,7 +88,7 @@ def _unquoted(value: str) -> str:
 
 
 def folder_names(jobs: Sequence[Sequence[str]], keys: Sequence[str]) -> list[str]:
-    """Return a folder's name for the words of each job: those whose key is in `keys`, as a path may hold them.
+    """Return a folder's name for the words of each job: those whose key is in `keys`, all where there are none.
 
     A name that is too long, or that two jobs would share, ends in eight hexadecimal digits of the job's words.
     """
@@ -102,7 +102,7 @@ def folder_names(jobs: Sequence[Sequence[str]], keys: Sequence[str]) -> list[str
 
 def _readable(words: Sequence[str], keys: Sequence[str]) -> str:
     wanted = {key.lstrip("+") for key in keys}
-    shown = [f"{key}={value}" for key, value in as_mapping(words).items() if key in wanted]
+    shown = [f"{key}={value}" for key, value in as_mapping(words).items() if key in wanted or not wanted]
     return ODD.sub("_", ",".join(shown)).lstrip(".") or "default"
 
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import yaml
 
+from diffusion.cli.composing import in_quotes
 from diffusion.files import atomic_write
 from diffusion.requeue import signal_for_launcher
 from diffusion.run_folder import STATUS, Status, first_process, read_status, write_status
-from diffusion.sweep.folder import LOG_FILE, OVERRIDES_FILE, SWEEP_FILE, folder_names, read_sweep
+from diffusion.sweep.folder import LOG_FILE, OVERRIDES_FILE, SWEEP_FILE, digest, folder_names, read_sweep
 from diffusion.sweep.gpus import held_gpus, wanted_gpus
 from diffusion.sweep.plugins import let_ours_stand_first
 from diffusion.sweep.share import job_environment
@@ -78,7 +79,7 @@ class JobProcess:
         """Return the name of a job's folder: what sweep.yaml says, or of a search what follows from the words."""
         if (self.root / SWEEP_FILE).exists():
             for entry in read_sweep(self.root)["jobs"]:
-                if entry["overrides"] == list(words):
+                if digest(entry["overrides"]) == digest(words):
                     return entry["folder"]
         return folder_names([words], self.keys)[0]
 
@@ -90,7 +91,7 @@ class JobProcess:
         if status is None or status.state not in DONE:
             self._refuse(status)
             self._begin(folder, words)
-            place = f"{self.folder_key}={_quoted(str(Path(self.sweep_dir, name)))}"
+            place = f"{self.folder_key}={in_quotes(str(Path(self.sweep_dir, name)))}"
             self._await([sys.executable, *self.start, *words, place], folder)
         return None if self.objective is None else final_value(folder, self.objective)
 
@@ -272,11 +273,6 @@ def _last_values(path: Path) -> dict[str, float]:
 
 def _scores(path: Path) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8"))["scores"] if path.exists() else {}
-
-
-def _quoted(value: str) -> str:
-    """Return a value in quotes for Hydra's grammar: folders of jobs hold commas and equal signs."""
-    return '"' + value.replace('"', '\\"') + '"'
 
 
 def elapsed(folder: Path) -> float:

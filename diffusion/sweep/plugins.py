@@ -52,7 +52,9 @@ def check_plugins(cfg: Any) -> None:
 
 def explain_missing(error: Exception) -> str | None:
     """Return one line about a launcher or sweeper that is not there to compose with; None for other errors."""
-    found = re.search(r"[Cc]ould not find 'hydra/(launcher|sweeper)/([^']+)'", str(error))
+    if not re.search(r"[Cc]ould not (find|load) 'hydra/", str(error)):
+        return None
+    found = re.search(r"'hydra/(launcher|sweeper)/([^']+)'", str(error))
     if found is None:
         return None
     role, option = found.groups()

@@ -13,14 +13,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from diffusion.cli.composing import CONFIGS
+from diffusion.cli.composing import CONFIGS, in_quotes
 from diffusion.cli.mistakes import check_complete, check_types
 from diffusion.code_state import git_commit
 from diffusion.run_folder import locked, read_status
-from diffusion.sweep.folder import SWEEP_FILE, as_mapping, folder_names, jobs_of, read_sweep, words_of, write_sweep
+from diffusion.sweep.folder import (
+    SWEEP_FILE,
+    as_mapping,
+    digest,
+    folder_names,
+    jobs_of,
+    read_sweep,
+    words_of,
+    write_sweep,
+)
 from diffusion.sweep.job import DONE, STOP_FILE, JobFailed, JobProcess, final_value, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
+from diffusion.sweep.search import OPTUNA, Search
 from diffusion.sweep.share import with_share
 from diffusion.sweep.words import GROUP, NEW_FOLDER, Plan, check_named, named_sweep, plan
 
@@ -84,7 +94,10 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
         with locked(todo.sweep_dir), stopping(Path(todo.sweep_dir)) as signals:
             record = begin(todo, command)
             context.callbacks.on_multirun_start(config=cfg, config_name=config_name)
-            trouble = _search(cfg, context, job, todo) if search else _grid(cfg, context, job, todo, record, signals)
+            if search:
+                trouble = _search(cfg, context, job, todo, signals)
+            else:
+                trouble = _grid(cfg, context, job, todo, record, signals)
             status = conclude(todo, record, trouble, signals, search=search)
             print_best(cfg, todo.sweep_dir)
             if not signals:
@@ -136,8 +149,7 @@ def _put_sweep_dir(cfg: Any, sweep_dir: str) -> None:
     with open_dict(cfg):
         cfg.sweep_dir = sweep_dir
         cfg.hydra.sweep.dir = place
-        escaped = place.replace('"', '\\"')
-        cfg.hydra.overrides.hydra.append(f'hydra.sweep.dir="{escaped}"')
+        cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir={in_quotes(place)}")
 
 
 def check_jobs(loader: Any, cfg: Any, todo: Plan, config_name: str, ahead: Sequence[str]) -> None:
@@ -174,15 +186,16 @@ def begin(todo: Plan, command: Command) -> dict[str, Any]:
     folder = Path(todo.sweep_dir)
     (folder / STOP_FILE).unlink(missing_ok=True)
     old = read_sweep(folder) if (folder / SWEEP_FILE).exists() else {}
-    known = {tuple(entry["overrides"]): entry["folder"] for entry in old.get("jobs", [])}
-    taken = {name: words for words, name in known.items()}
-    names = folder_names(todo.jobs, todo.keys)
-    for name, words in zip(names, todo.jobs, strict=True):
-        if tuple(words) not in known and name in taken:
+    known = {digest(entry["overrides"]): entry["folder"] for entry in old.get("jobs", [])}
+    taken = {entry["folder"]: entry["overrides"] for entry in old.get("jobs", [])}
+    jobs = []
+    for name, words in zip(folder_names(todo.jobs, todo.keys), todo.jobs, strict=True):
+        name = known.get(digest(words), name)
+        if digest(words) not in known and name in taken:
             raise ValueError(_other_settings(folder / name, words, taken[name]))
-    jobs = [{"folder": known.get(tuple(w), n), "overrides": list(w)} for n, w in zip(names, todo.jobs, strict=True)]
-    ours = {entry["folder"] for entry in jobs}
-    jobs += [entry for entry in old.get("jobs", []) if entry["folder"] not in ours]
+        jobs.append({"folder": name, "overrides": list(words)})
+        taken.pop(name, None)
+    jobs += [{"folder": name, "overrides": words} for name, words in taken.items()]
     record = {
         "name": todo.name,
         "command": command.line,
@@ -241,7 +254,7 @@ def _grid(
     return None
 
 
-def _search(cfg: Any, context: Any, job: JobProcess, todo: Plan) -> Exception | None:
+def _search(cfg: Any, context: Any, job: JobProcess, todo: Plan, signals: list[int]) -> Exception | None:
     """Let a sweeper of Hydra's choose and launch jobs; return what it failed with, if it did."""
     from hydra.core.plugins import Plugins
 
@@ -252,7 +265,10 @@ def _search(cfg: Any, context: Any, job: JobProcess, todo: Plan) -> Exception | 
     labels = {job.folder: f"[{i}] {job.folder.name}" for i, job in enumerate(jobs_of(folder), 1)}
     with Watch(labels, search=folder, total=cfg.hydra.sweeper.get("n_trials")):
         try:
-            sweeper.sweep(arguments=list(todo.words))
+            if cfg.hydra.sweeper._target_.startswith(OPTUNA):
+                Search(sweeper.sweeper, job, cfg, signals=signals).run(todo.words)
+            else:
+                sweeper.sweep(arguments=list(todo.words))
         except KeyboardInterrupt:  # for the second time
             return None
         except Exception as error:
