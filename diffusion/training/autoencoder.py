@@ -77,6 +77,15 @@ class AutoencoderTask(Task):
         """What is exported and averaged: the autoencoder."""
         return self.autoencoder
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """Return the autoencoder's parts, because it encodes and decodes without being called."""
+        if self.discriminator is not None or self.loss.log_variance.requires_grad:
+            raise ValueError(
+                "trainer=fsdp spreads networks over devices, and a discriminator, like loss.learn_log_variance=true, "
+                "needs whole ones; use trainer=ddp"
+            )
+        return [part for part in self.autoencoder.children() if trainable(part)]
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -215,11 +224,11 @@ class AutoencoderTask(Task):
         """Log the means over all ranks, and mean and standard deviation of each latent channel."""
         for name, means in self._validation.items():
             for metric, value in means.pop(self.summed).items():
-                self.log(f"val/{metric}{name}", value, logger=False)
+                self.log(f"val/{metric}{name}", value, logger=False, sync_dist=True)
         latents = self._latents.together(self.summed, self.device)
         for what, values in (("mean", latents.mean), ("std", latents.std)):
             for channel, value in enumerate(values.tolist()):
-                self.log(f"val/latent_{what}_{channel:02d}", value, logger=False)
+                self.log(f"val/latent_{what}_{channel:02d}", value, logger=False, sync_dist=True)
 
     # -- before and after ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from diffusion.processes import SIGNALS
 from diffusion.run_folder import write_status
@@ -25,6 +24,7 @@ from diffusion.training.export import export_model
 from diffusion.training.guard import NonFiniteLoss
 from diffusion.training.metrics import MetricsCSV
 from diffusion.training.resume import samples_a_step
+from diffusion.training.sharded import norm_of
 
 
 class Interrupted(Exception):
@@ -83,7 +83,7 @@ class Checkpoints(Checkpoint):
         """Take over the signals that end a run, and finish what a kill between two files has left."""
         self._last_step = trainer.global_step
         self.signal = None
-        if self.best is not None and trainer.is_global_zero:
+        if self.best is not None:
             self._catch_up(trainer, pl_module)
         if threading.current_thread() is threading.main_thread():
             for name in SIGNALS:  # Lightning puts back what was there when the run ends
@@ -140,8 +140,7 @@ class Checkpoints(Checkpoint):
         """Write last.ckpt, then model.safetensors. Raises OSError (the previous files stay) or `NonFiniteLoss`."""
         if trainer.fast_dev_run:
             return
-        norm = nn.utils.get_total_norm(list(pl_module.model.parameters()))
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm_of(pl_module.model.parameters())):
             raise NonFiniteLoss(f"the weights became non-finite at or before step {trainer.global_step}")
         run_dir = Path(trainer.default_root_dir)
         for logger in trainer.loggers:
@@ -155,9 +154,9 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             self._arrange(new, trainer)
-        if self.export and trainer.is_global_zero:
+        if self.export:
             export_model(run_dir / "model.safetensors", trainer, pl_module, self.config, self.facts)
-            if self.best is not None and self.best.first_step == trainer.global_step:
+            if self.best is not None and self.best.first_step == trainer.global_step and trainer.is_global_zero:
                 keep(run_dir / "model.safetensors", run_dir / "best.safetensors")
 
     def _arrange(self, new: Path, trainer: Trainer) -> None:
@@ -178,15 +177,16 @@ class Checkpoints(Checkpoint):
         if trainer.ckpt_path is None or Path(trainer.ckpt_path).parent != last.parent:
             self.best.found = []
         elif Path(trainer.ckpt_path) == last:
-            self.best.arrange(last, step)
+            if trainer.is_global_zero:
+                self.best.arrange(last, step)
             if self.export and self.best.first_step == step:
                 export_model(run_dir / "best.safetensors", trainer, pl_module, self.config, self.facts)
 
     # -- what rides along ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say with which settings it was made."""
-        checkpoint["config"] = dict(self.config)
+        """Let the checkpoint say with which settings it was made, and what its model knows of the data."""
+        checkpoint["config"], checkpoint["facts"] = dict(self.config), dict(self.facts)
         checkpoint["samples_a_step"] = samples_a_step(trainer, getattr(trainer.datamodule, "batch_size", None))
 
     def state_dict(self) -> dict[str, Any]:

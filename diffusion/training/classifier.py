@@ -110,7 +110,7 @@ class ClassifierTask(NoisedTask):
         """Log the means over all ranks."""
         for weights, sums in self._validation.items():
             for name, mean in quarter_means(self.summed(sums), self.measured).items():
-                self.log(f"val/{name}{weights}", mean, logger=False)
+                self.log(f"val/{name}{weights}", mean, logger=False, sync_dist=True)
 
     # -- before and after ----------------------------------------------------------------------------------------------
 

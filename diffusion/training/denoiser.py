@@ -76,6 +76,10 @@ class DenoiserTask(NoisedTask):
             return self.net
         return nn.ModuleDict({"net": self.net, "conditioner": self.trained_conditioner})
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """Return the network, and the conditioner where it is trained."""
+        return [self.net] if self.trained_conditioner is None else [self.net, self.trained_conditioner]
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Take the loss of one batch at random timesteps; its numbers depend on seed and samples alone."""
         size = batch_size(batch)
@@ -123,7 +127,7 @@ class DenoiserTask(NoisedTask):
         """Log the means over the samples of all ranks."""
         for name, means in self._validation.items():
             for metric, mean in means.pop(self.summed).items():
-                self.log(f"val/{metric}{name}", mean, logger=False)
+                self.log(f"val/{metric}{name}", mean, logger=False, sync_dist=True)
 
     # -- before and after ----------------------------------------------------------------------------------------------
 

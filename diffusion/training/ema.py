@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from diffusion.training.sharded import local
+
 DecayRule = Callable[[float, int], float]  # (target decay, number of this update, from 1) -> decay to use
 # The rules are objects, not partial functions: Hydra guards each call of its partials, at 0.2 ms a step.
 
@@ -65,6 +67,7 @@ class EMA(Callback):
     `rule` maps (target decay, number of the update from 1) to the decay used; ldm's by default. Averages start as a
     copy of the initial weights, live on the parameters' device, and are held in float32 even where the parameters are
     not (in bfloat16 an update by 1e-4 would be rounded away). Buffers are not averaged: a swapped network uses its own.
+    Under DDP every rank has the same averages; of parameters in shards (FSDP) each has its shards.
     """
 
     def __init__(self, decays: Sequence[float] = (0.9999,), rule: DecayRule | None = None) -> None:
@@ -96,9 +99,10 @@ class EMA(Callback):
     def update(self) -> None:
         """Move every average towards the parameters: average += (1 - decay) * (parameter - average)."""
         self.num_updates += 1
-        now = [full_precision(p.detach()) for p in self._parameters.values()]
+        now = [full_precision(local(p.detach())) for p in self._parameters.values()]
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), now, 1 - self.rule(decay, self.num_updates))
+            averages = [local(tensor) for tensor in average.values()]
+            torch._foreach_lerp_(averages, now, 1 - self.rule(decay, self.num_updates))
 
     @contextlib.contextmanager
     def swapped(self, net: nn.Module, decay: float | None = None) -> Iterator[None]:
@@ -109,10 +113,10 @@ class EMA(Callback):
         average = self.average(decay)
         parameters = trainable(net)
         check_names(average, parameters)
-        tensors = [p.data for p in parameters.values()]
+        tensors = [local(p.detach()) for p in parameters.values()]
         raw = [tensor.clone() for tensor in tensors]
         try:
-            torch._foreach_copy_(tensors, list(average.values()))
+            torch._foreach_copy_(tensors, [local(tensor) for tensor in average.values()])
             yield
         finally:
             torch._foreach_copy_(tensors, raw)

@@ -115,6 +115,8 @@ class SampleMetrics(Drawing):
         with weights:
             batches = self.drawn(trainer, task, self.num_samples, self._asked(task))
             images = np.concatenate([to_uint8(batch.images) for batch in batches])
+        if not trainer.is_global_zero:
+            return
         step = trainer.global_step
         samples = of_array(images, f"step {step}, {name} weights", resize=self.settings["resize"])
         result = self.evaluation(samples)

@@ -23,7 +23,8 @@ class NonFiniteLoss(ValueError):
 class NonFiniteGuard(Callback):
     """Raise `NonFiniteLoss` when a loss is NaN or infinite, before anything of that step is logged or saved.
 
-    On a GPU the loss of a batch is looked at one batch later, when it is there without waiting.
+    On a GPU the loss of a batch is looked at one batch later, when it is there without waiting. Several ranks look at
+    their mean loss, so that all of them stop.
     """
 
     def __init__(self) -> None:
@@ -33,8 +34,11 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], *args: object
     ) -> None:
         """Check this loss, or on a GPU the one before, whose value has arrived by now."""
-        current = (trainer.global_step, outputs["loss"], outputs.get("t"))
-        due, self._waiting = (self._waiting, current) if outputs["loss"].is_cuda else (current, None)
+        loss = outputs["loss"].detach()
+        if trainer.world_size > 1:
+            loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        current = (trainer.global_step, loss, outputs.get("t"))
+        due, self._waiting = (self._waiting, current) if loss.is_cuda else (current, None)
         if due is not None:
             check(*due)
 

@@ -98,8 +98,7 @@ class NoisedTask(Task):
             return
         t, losses = (torch.stack(values) for values in zip(*self._untold, strict=True))  # (batches, B)
         self._untold.clear()
-        if self.trainer.world_size > 1:  # (ranks, batches, B)
-            t, losses = (self.all_gather(value).transpose(0, 1) for value in (t, losses))
+        t, losses = (self.rows(value).transpose(0, 1) for value in (t, losses))  # (batches, ranks, B)
         self.timestep_sampler.update(t.flatten(), losses.flatten())
 
     def _quarter(self, t: Tensor | None) -> Tensor | None:

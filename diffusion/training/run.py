@@ -75,7 +75,7 @@ def train(cfg: Any) -> Path:
         if not fast_dev_run and trainer.is_global_zero:
             save_config(config, run_dir)
         fit(trainer, task, data, start.checkpoint)
-        if not fast_dev_run and trainer.is_global_zero:
+        if not fast_dev_run:
             leave_model(run_dir / "model.safetensors", trainer, task, config, facts)
     return run_dir
 
@@ -94,9 +94,10 @@ def leave_model(
     path: Path, trainer: Trainer, task: LightningModule, config: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
     """Write the model of the last step, unless a callback has."""
-    if not path.exists() or read_header(path).step != trainer.global_step:
+    if not trainer.strategy.broadcast(path.exists() and read_header(path).step == trainer.global_step):
         export_model(path, trainer, task, config, facts)
-    print(f"{path} holds the model of step {trainer.global_step}", file=sys.stderr)
+    if trainer.is_global_zero:
+        print(f"{path} holds the model of step {trainer.global_step}", file=sys.stderr)
 
 
 def facts_of(task: LightningModule, data: LightningDataModule) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from diffusion.draws import SampleDraws
 from diffusion.randomness import fold
 from diffusion.training.ema import EMA, average_name
+from diffusion.training.sharded import clip, is_sharded, norm_of, shard
 
 OptimizerPartial = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerPartial = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -68,9 +70,9 @@ class Task(LightningModule):
         next_step = self.trainer.global_step + 1
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not by_norm and next_step % self.trainer.log_every_n_steps == 0:  # costs a pass over the gradients
-            self.gradient_norm = total_norm(parameters)
+            self.gradient_norm = norm_of(p.grad for p in parameters if p.grad is not None)
         if by_norm:
-            self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.gradient_norm = clip(parameters, gradient_clip_val)
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -139,15 +141,34 @@ class Task(LightningModule):
         """Return the sum of a tensor over all ranks; each rank's own stays as it is."""
         return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
+    def rows(self, value: Tensor) -> Tensor:
+        """Return the tensors of all ranks, a row a rank."""
+        world_size, value = self.trainer.world_size, value.detach().contiguous()
+        if world_size == 1:
+            return value[None].clone()
+        found = [torch.empty_like(value) for _ in range(world_size)]
+        dist.all_gather(found, value)
+        return torch.stack(found)
+
     def averaged(self, value: Tensor) -> Tensor:
         """Return the mean of a tensor over all ranks."""
         return value if self.trainer.world_size == 1 else self.summed(value) / self.trainer.world_size
 
     # -- before and after ----------------------------------------------------------------------------------------------
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """Return what is spread over the ranks under `trainer=fsdp`: modules that are only ever called."""
+        return [self.net]
+
     def configure_model(self) -> None:
-        """Tell DistributedDataParallel which buffers are each rank's own: it would copy those of the first rank."""
+        """Spread networks over the ranks, where Lightning's strategy asks for it.
+
+        DistributedDataParallel is told which buffers are each rank's own: it would copy those of the first rank.
+        """
         self._ddp_params_and_buffers_to_ignore = list(self.rank_buffers)
+        if self.device_mesh is not None and not is_sharded(self):
+            for network in self.sharded_networks():
+                shard(network, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
         """Take up this rank's own sums; those of another number of ranks go on together."""
@@ -163,10 +184,7 @@ class Task(LightningModule):
         batches, samples = self._unstepped
         checkpoint["batches_seen"] = self.batches_seen - batches
         checkpoint["samples_seen"] = self.samples_seen - samples
-        checkpoint["by_rank"] = {}
-        for name in self.rank_buffers:
-            rows = self.get_buffer(name)[None].clone()
-            checkpoint["by_rank"][name] = self.all_gather(rows[0]) if self.trainer.world_size > 1 else rows
+        checkpoint["by_rank"] = {name: self.rows(self.get_buffer(name)).cpu() for name in self.rank_buffers}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the sample after the last one that a step has used."""
@@ -225,8 +243,3 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     else:
         torch.manual_seed(seed)
-
-
-def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
