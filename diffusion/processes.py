@@ -266,8 +266,6 @@ def _unfit(devices: int, size: int) -> str | None:
     """Say what `size` processes that were started from outside cannot do."""
     if devices != 1:
         return f"devices={devices}, but {size} processes were started already; leave devices out"
-    if {"-m", "--multirun"} & set(sys.argv):
-        return f"a sweep cannot share {size} processes; start it alone, with devices={size}"
     return None
 
 

@@ -361,3 +361,31 @@ def test_every_named_sweep_says_what_it_is_and_how_long_it_takes(monkeypatch, ca
         text = path.read_text()
         assert re.search(rf"^  {path.stem} +(train|sample)\.py  \S.{{20}}", said, re.M)
         assert "command:" in text and "wall time:" in text and f"sweep={path.stem}" in text
+
+
+def test_what_a_named_sweep_sets_its_jobs_have_too(monkeypatch, capsys, tmp_path):
+    from hydra.types import RunMode
+
+    from diffusion.sweep.run import hydra_of
+    from diffusion.sweep.words import plan
+
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "own.yaml").write_text(
+        "# @package _global_\nname: it's\ntrainer: {max_steps: 3}\nema: {decays: [0.5, 0.9]}\nobjective: val/loss\n"
+        "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1'}}}\n"
+    )
+    words = ["sweep=own", "objective=val/loss_ema"]
+    with hydra_of("train", config_dir=str(tmp_path)) as hydra:
+        cfg = hydra.compose_config("train", words, run_mode=RunMode.MULTIRUN)
+        todo = plan(cfg, words, "train", "run_dir")
+        job = hydra.config_loader.load_sweep_config(cfg, list(todo.jobs[1]))
+    assert todo.keys == ("seed",) and len(todo.jobs) == 2 and todo.sweep_dir.startswith("outputs/sweeps/own-")
+    assert (job.name, job.trainer.max_steps, list(job.ema.decays), job.seed) == ("it's", 3, [0.5, 0.9], 1)
+    assert job.objective == "val/loss_ema"  # typed words count
+
+
+def test_a_sweep_is_not_started_by_several_processes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, said = sweep(tmp_path, "-m seed=0", monkeypatch, capsys)
+    assert status == 2 and "a sweep cannot share 2 processes; start it alone" in said

@@ -46,6 +46,17 @@ def in_quotes(value: str) -> str:
     return f'"{escaped}"'
 
 
+def in_grammar(value: Any) -> str:
+    """Return a plain value of a config as a word of the command line has it."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{in_grammar(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(in_grammar, value)) + "]"
+    if isinstance(value, str):
+        return value if value.startswith("${") else in_quotes(value)
+    return "null" if value is None else str(value)
+
+
 def compose(config_name: str, overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

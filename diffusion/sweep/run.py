@@ -69,6 +69,7 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
     from hydra._internal.utils import get_args_parser
     from hydra.types import HydraContext, RunMode
 
+    check_alone()
     args = get_args_parser().parse_args(list(arguments))
     config_name = args.config_name or command.config_name
     with hydra_of(command.config_name, config_dir=args.config_dir) as hydra:
@@ -103,6 +104,16 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
             if not signals:
                 context.callbacks.on_multirun_end(config=cfg, config_name=config_name)
     return status
+
+
+def check_alone() -> None:
+    """Raise ValueError where torchrun or srun has started several processes: each would run the whole sweep."""
+    count = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if count > 1 and ("RANK" in os.environ or "SLURM_STEP_ID" in os.environ):
+        raise ValueError(
+            f"a sweep cannot share {count} processes; start it alone: each job starts its own, by trainer.devices= of "
+            "train.py and devices= of sample.py"
+        )
 
 
 def _flags(args: Any) -> tuple[str, ...]:

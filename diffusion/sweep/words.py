@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion.cli.composing import CONFIGS
+from diffusion.cli.composing import CONFIGS, flat, in_grammar
 from diffusion.sweep.folder import as_mapping, digest
 
 GROUP = "sweep"
@@ -44,6 +44,8 @@ def plan(
     Raises ValueError for what cannot be swept over: nothing, or the folder of the jobs.
     """
     params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
+    if (chosen := named_sweep(words)) is not None:
+        params = [*_settings(chosen), *params]
     typed = [word for word in words if not word.lstrip("+~").startswith((f"{GROUP}=", "hydra.", "hydra/"))]
     read = _by_key([*params, *typed])
     _check(read, folder_key, texts)
@@ -51,11 +53,22 @@ def plan(
     values = {key: _values(override, search=search) for key, override in read.items()}
     keys = tuple(key for key, found in values.items() if len(found) != 1)
     jobs = [] if search else list(itertools.product(*values.values()))
-    name = named_sweep(words) or _recipe(cfg, read) or command
+    name = chosen or _recipe(cfg, read) or command
     meant = [override.input_line for override in read.values()]
     identity = [*meant, *(word for word in words if word.startswith("hydra/sweeper="))]
     place = f"{FOLDERS}/{name}-{digest(identity)}" if given is None else as_mapping([given.input_line])["sweep_dir"]
     return Plan(name, tuple(meant), keys, tuple(jobs), place)
+
+
+def _settings(name: str) -> list[str]:
+    """Return as words what a named sweep sets beside Hydra's own part, so that each job has it, too."""
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    loaded = GlobalHydra.instance().hydra.config_loader.repository.load_config(f"{GROUP}/{name}")
+    config = OmegaConf.to_container(loaded.config, resolve=False)
+    own = flat({key: value for key, value in config.items() if key not in ("hydra", "defaults")})
+    return [f"{key}={in_grammar(value)}" for key, value in own.items() if key]
 
 
 def _by_key(words: Sequence[str]) -> dict[str, Any]:
