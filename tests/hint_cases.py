@@ -13,8 +13,9 @@ from diffusion.schedule import linear
 from diffusion.training.denoiser import DenoiserTask
 from diffusion.training.ema import EMA
 
-STEPS = 120
-MICROSCOPE = {"_target_": "diffusion.training.microscope.Microscope", "_partial_": True, "every_n_steps": STEPS}
+STEPS = 60
+MICROSCOPE = {"_target_": "diffusion.training.microscope.Microscope", "_partial_": True, "num_timesteps": 6}
+SMALL_NET = {**NET, "channels": 8, "norm_groups": 4, "stages": [{"depth": 1}]}
 
 
 class TrainsOtherwise(DenoiserTask):
@@ -80,20 +81,36 @@ class NeverDrops(DenoiserTask):
 class Digits01(Digits):
     """Images in 0..1, as a loader gives them that only divides by 255."""
 
+    top = 1
+
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         for images in (self.train_set, self.val_set):
-            images.samples = scaled(images.samples)
+            images.samples = scaled(images.samples, self.top)
 
 
-def scaled(samples: Any) -> Any:
-    """Change what a data set answers: images to 0..1."""
+class Digits255(Digits01):
+    """Images as bytes hold them."""
+
+    top = 255
+
+
+def scaled(samples: Any, top: float) -> Any:
+    """Change what a data set answers: images to 0..`top`."""
 
     def wrong(*args: Any, **how: Any) -> dict[str, Any]:
         batch = samples(*args, **how)
-        return {**batch, "image": (batch["image"] + 1) / 2}
+        return {**batch, "image": (batch["image"] + 1) / 2 * top}
 
     return wrong
+
+
+class OwnSchedule(DenoiserTask):
+    """Has built its process anew by hand, by another schedule than the config's."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.diffusion = replace(self.diffusion, schedule=linear(self.diffusion.num_train_timesteps))
 
 
 class FrozenEMA(EMA):
@@ -110,16 +127,23 @@ class ForgottenEMA(EMA):
         pass
 
 
-def short(run_dir: Any, **changes: Any) -> dict[str, Any]:
-    """A run of `STEPS` steps on a chain of 100, with the microscope and little else."""
-    schedule = {"_target_": "diffusion.schedule.cosine", "num_train_timesteps": 100}
+class SameDraws(DenoiserTask):
+    """Draws on each rank what the first one draws."""
+
+    global_rank = 0
+
+
+def short(run_dir: Any, *, net: dict[str, Any] = SMALL_NET, timesteps: int = 100, **changes: Any) -> dict[str, Any]:
+    """A run of `STEPS` steps on a short chain, with the microscope and little else."""
+    schedule = {"_target_": "diffusion.schedule.cosine", "num_train_timesteps": timesteps}
+    sampler = {"_target_": "diffusion.timestep_samplers.StratifiedTimesteps", "num_train_timesteps": timesteps}
     settings = {
-        "net": NET,
+        "net": net,
         "schedule": schedule,
         "diffusion__schedule": schedule,
-        "timestep_sampler": {"_target_": "diffusion.timestep_samplers.StratifiedTimesteps", "num_train_timesteps": 100},
+        "timestep_sampler": sampler,
         "data__batch_size": 64,
-        "optimizer__lr": 4e-3,
+        "optimizer__lr": 1e-2,
         "lr_scheduler": None,
         "callbacks__samples": None,
         "callbacks__progress": None,
@@ -128,5 +152,6 @@ def short(run_dir: Any, **changes: Any) -> dict[str, Any]:
         "trainer__max_steps": STEPS,
         "trainer__limit_val_batches": 0,
         "trainer__log_every_n_steps": 50,
+        "trainer__enable_progress_bar": False,
     }
     return tiny(run_dir, **{**settings, **changes})

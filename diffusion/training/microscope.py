@@ -60,7 +60,7 @@ class Microscope(Callback):
         data: Any,
         config: Mapping[str, Any],
         every_n_steps: int = 500,
-        num_images: int = 32,
+        num_images: int = 16,
         num_timesteps: int = 12,
         seed: int = 0,
     ) -> None:
@@ -233,6 +233,8 @@ class Microscope(Callback):
             times = times if task.noised else [0]
             return [lens.classifier_row(subject, t, noised=task.noised) for t in times]
         curve = [lens.row(subject, t) for t in times]
+        if not trainer.global_step:  # nothing has been learnt, with or without a condition, and nothing averaged
+            return curve
         if subject.null is not None:
             without = Subject(subject.x0, subject.condition | subject.null)
             for row in curve:
