@@ -94,8 +94,9 @@ class Browser:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     special = {"job_2": {"state": "failed", "error": "no memory", "reached": 0.4}, "job_5": {"hint": True}}
-    make_sweep(tmp_path_factory.mktemp("sweep"), EIGHT | {"seed": [0, 1, 2]}, **special)
-    return build([tmp_path_factory.getbasetemp() / "sweep0"])
+    folder = tmp_path_factory.mktemp("sweep")
+    make_sweep(folder, EIGHT | {"seed": [0, 1, 2]}, **special)
+    return build([folder])
 
 
 def test_a_click_sorts_the_table_and_another_one_turns_it_round(browser, page):
