@@ -11,6 +11,8 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from diffusion.run_name import job_number
+
 PATIENCE = 600.0  # seconds: until Slurm has ended a job that it ends
 
 
@@ -37,7 +39,7 @@ def signal_for_launcher(received: Sequence[int]) -> int:
 
 def slurm_says() -> tuple[str, int]:
     """Return the state of this job, such as RUNNING or COMPLETING, and how often it has been queued again."""
-    command = ["scontrol", "show", "job", "--oneliner", os.environ["SLURM_JOB_ID"]]
+    command = ["scontrol", "show", "job", "--oneliner", job_number()]
     said = subprocess.run(command, capture_output=True, text=True).stdout
     state, restarts = (re.search(rf"\b{name}=(\S+)", said) for name in ("JobState", "Restarts"))
     return state[1] if state else "UNKNOWN", int(restarts[1]) if restarts else 0

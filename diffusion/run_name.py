@@ -40,9 +40,7 @@ def run_name(words: Sequence[str]) -> str:
     if "LOCAL_RANK" in os.environ and VARIABLE in os.environ:
         return os.environ[VARIABLE]  # Lightning started this rank from one that has chosen
     if in_batch_job():
-        array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-        return f"slurm-{job}-{hashlib.sha256(repr(list(words)).encode()).hexdigest()[:6]}"
+        return f"slurm-{job_number()}-{hashlib.sha256(repr(list(words)).encode()).hexdigest()[:6]}"
     now = datetime.now().strftime(TIME)
     return agreed(now) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else now
 
@@ -51,6 +49,12 @@ def in_batch_job() -> bool:
     """Say whether this is a job that Slurm may run again, not a shell in an allocation."""
     name = os.environ.get("SLURM_JOB_NAME", "")
     return "SLURM_JOB_ID" in os.environ and name not in INTERACTIVE and not sys.stderr.isatty()
+
+
+def job_number() -> str:
+    """Return the number of this job of Slurm's; of one of an array, whose bare number may be that of all, 12_3."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def agreed(proposal: str) -> str:

@@ -31,18 +31,24 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def train(
-    *words: str, cwd: Path, before: tuple[str, ...] = (sys.executable,), env: Mapping[str, str] | None = None
+    *words: str,
+    cwd: Path,
+    before: tuple[str, ...] = (sys.executable,),
+    flags: tuple[str, ...] = (),
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run train.py in a folder and return how it ended; `before` is what stands in front of the script."""
-    command = [*before, str(ROOT / "train.py"), *SMALL, *words]
+    command = [*before, str(ROOT / "train.py"), *flags, *SMALL, *words]
     return subprocess.run(command, cwd=cwd, env=dict(env or environment()), capture_output=True, text=True)
 
 
-def begin(*words: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
+def begin(
+    *words: str, cwd: Path, flags: tuple[str, ...] = (), env: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """Start train.py in a folder, in a session of its own."""
     with open(cwd / "said.txt", "w") as said:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *SMALL, *words],
+            [sys.executable, str(ROOT / "train.py"), *flags, *SMALL, *words],
             cwd=cwd,
             env=dict(env or environment()),
             stdout=said,

@@ -65,12 +65,16 @@ def await_end(cluster: dict[str, str], job: str) -> str:
 
     def over() -> bool:
         hurry(cluster)
-        return f"JobId={job} " in (said := show(cluster, job)) and any(
-            f"JobState={state}" in said for state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        )
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return any(f"JobState={state} " in show(cluster, job) for state in ends)
 
     wait_for(over, f"the end of job {job}")
     return show(cluster, job)
+
+
+def numbers(cluster: dict[str, str]) -> list[str]:
+    """The jobs in the queue: 12, or of an array 12_0, 12_1."""
+    return ask(["squeue", "--noheader", "--array", "--format=%i"], cluster).splitlines()
 
 
 def show(cluster: dict[str, str], job: str) -> str:
@@ -80,7 +84,7 @@ def show(cluster: dict[str, str], job: str) -> str:
 def test_a_sweep_through_submitit_ends_with_its_failed_job_named_and_runs_that_alone_again(cluster, submitit, tmp_path):
     def launch() -> subprocess.CompletedProcess:
         words = ("hydra/launcher=slurm", "hydra.launcher.partition=main", "hydra.launcher.cpus_per_task=1")
-        return train("-m", *CUBE, *words, "sweep_dir=sweep", cwd=tmp_path, env=cluster)
+        return train(*CUBE, *words, "sweep_dir=sweep", cwd=tmp_path, env=cluster, flags=("-m",))
 
     check_cube(tmp_path / "sweep", launch)
     assert "SLURM" not in (tmp_path / "sweep" / "sweep.yaml").read_text()
@@ -92,11 +96,11 @@ def test_a_preempted_job_of_a_sweep_is_queued_again_and_ends_as_if_nothing_had_b
 ):
     """USR1 is what Slurm sends before the time limit, TERM where a job shall make room; requeue is an administrator."""
     run = tmp_path / "sweep" / "seed=0"
-    words = ("-m", "seed=0", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "sweep_dir=sweep")
-    sweep = begin(*SLOWLY, *words, cwd=tmp_path, env=cluster)
+    words = ("seed=0,1", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "sweep_dir=sweep")
+    sweep = begin(*SLOWLY, *words, cwd=tmp_path, env=cluster, flags=("-m",))
     try:
         wait_for(lambda: steps(run) >= 5, "steps", process=sweep)
-        (job,) = ask(["squeue", "--noheader", "--format=%i"], cluster).splitlines()
+        (job,) = (name for name in numbers(cluster) if name.endswith("_0"))
         command = ["scontrol", "requeue", job] if how == "requeue" else ["scancel", f"--signal={how}", job]
         subprocess.run(command, env=cluster, check=True)
         wait_for(lambda: state(run) == "preempted", "the end of the first attempt", process=sweep)
@@ -108,7 +112,7 @@ def test_a_preempted_job_of_a_sweep_is_queued_again_and_ends_as_if_nothing_had_b
         end(sweep)
     assert sweep.returncode == 0, (tmp_path / "said.txt").read_text()
     assert "Restarts=1" in show(cluster, job)
-    assert state(run) == "finished"
+    assert (state(run), state(run.with_name("seed=1"))) == ("finished", "finished")
     first, second = record(run)["starts"]
     assert (first["resumed_step"], second["resumed_step"]) == (None, saved)
     assert weights(run) == undisturbed
@@ -116,11 +120,11 @@ def test_a_preempted_job_of_a_sweep_is_queued_again_and_ends_as_if_nothing_had_b
 
 def test_a_cancelled_job_of_a_sweep_saves_and_stays_away(cluster, submitit, tmp_path):
     run = tmp_path / "sweep" / "seed=0"
-    words = ("-m", "seed=0", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "sweep_dir=sweep")
-    sweep = begin(*SLOWLY, *words, cwd=tmp_path, env=cluster)
+    words = ("seed=0,1", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "sweep_dir=sweep")
+    sweep = begin(*SLOWLY, *words, cwd=tmp_path, env=cluster, flags=("-m",))
     try:
         wait_for(lambda: steps(run) >= 5, "steps", process=sweep)
-        (job,) = ask(["squeue", "--noheader", "--format=%i"], cluster).splitlines()
+        (job,) = (name for name in numbers(cluster) if name.endswith("_0"))
         subprocess.run(["scancel", job], env=cluster, check=True)
         sweep.wait(120)
     finally:
@@ -129,7 +133,7 @@ def test_a_cancelled_job_of_a_sweep_saves_and_stays_away(cluster, submitit, tmp_
     assert state(run) == "preempted"
     assert (run / "checkpoints" / "last.ckpt").exists()
     said = (tmp_path / "said.txt").read_text()
-    assert sweep.returncode == 1 and "0 of 1 jobs are done" in said
+    assert sweep.returncode == 1 and "1 of 2 jobs are done" in said
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])
