@@ -39,7 +39,7 @@ CURVES, HINTS = "microscope.csv", "hints.yaml"
 HALF_SCALE = 2.0**12  # of the loss in float16, as a gradient scaler has it; norms are divided by it again
 COMPARED = 16  # samples of a batch whose noise the ranks compare
 HEARD_STEPS = 200  # optimizer steps whose inputs are measured; a bug in them is there from the start
-ENCODED_EVERY = 10  # of these, where images must be encoded once more for it
+ENCODED_EVERY = 5  # of these, where images must be encoded once more for it
 
 
 class Microscope(Callback):
