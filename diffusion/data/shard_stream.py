@@ -11,7 +11,7 @@ import random
 import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -199,11 +199,13 @@ class StreamSet(IterableDataset):
             )
         self.urls, self.reader = list(urls), reader
         self.sizes = None if sizes is None else [sizes[url] for url in urls]
+        firsts = [0, *accumulate(self.sizes)] if self.sizes else [shard << 32 for shard in range(len(self.urls))]
+        self._first = dict(zip(self.urls, firsts, strict=False))  # each shard's first index
         self.samples_per_epoch, self.shuffle_buffer, self.seed = samples_per_epoch, shuffle_buffer, seed
         self.horizontal_flip, self.random_crop = horizontal_flip, random_crop
         self.most_broken = math.inf if max_broken is None else max_broken
-        self.batches: StreamBatches | None = None  # the next three are the loader's
-        self.taken: list[int] = [0]
+        self.batches: StreamBatches | None = None  # the loader's, as it was when the workers started
+        self.place = torch.zeros(0, dtype=torch.long)  # where the next epoch begins, in memory that workers share
 
     def __len__(self) -> int:
         return self.samples_per_epoch if self.samples_per_epoch is not None else sum(self.sizes)
@@ -229,24 +231,24 @@ class StreamSet(IterableDataset):
         """Yield this worker's batches of the rest of the epoch."""
         info = get_worker_info()
         process, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        plan = self.batches
-        worker = (plan.start_batch + process) % workers  # whose turn the first batch is does not change by a resume
-        samples, taken = self._endless(plan, worker, workers), self.taken[worker]
+        plan, (epoch, start, *begun) = self.batches, self.place.tolist()
+        worker = (start + process) % workers  # whose turn the first batch is does not change by a resume
+        samples, taken = self._endless(plan, epoch, worker, workers), begun[worker]
         try:
             for _ in islice(samples, taken):
                 pass
-            for _ in range(plan.start_batch + process, len(plan), workers):
-                batch, number = self._batch(samples, plan.batch_size, plan.epoch)
+            for _ in range(start + process, len(plan), workers):
+                batch, number = self._batch(samples, plan.batch_size, epoch)
                 taken += number
                 yield batch | {PROGRESS: (taken, self._passes)}
         except ValueError as error:
             yield {ERROR: str(error)}  # raised as it is by the loader; torch would wrap a worker's traceback around it
 
-    def _endless(self, plan: StreamBatches, worker: int, workers: int) -> Iterator[RawSample]:
+    def _endless(self, plan: StreamBatches, epoch: int, worker: int, workers: int) -> Iterator[RawSample]:
         """Yield this reader's share of the shards, shuffled, over and over; twice only if an epoch is too long."""
         from webdataset.filters import shuffle
 
-        epoch = plan.epoch if plan.reshuffle else 0
+        epoch = epoch if plan.reshuffle else 0
         self._passes = 0
         while True:
             order = torch.randperm(len(self.urls), generator=generator(self.seed, "shards", epoch, self._passes))
@@ -294,8 +296,7 @@ class StreamSet(IterableDataset):
 
     def index(self, sample: RawSample) -> int:
         """Number a sample over all shards; where their sizes are not known, a shard has room for 2^32."""
-        shard = self.urls.index(sample.url)
-        return (sum(self.sizes[:shard]) if self.sizes is not None else shard << 32) + sample.number
+        return self._first[sample.url] + sample.number
 
 
 class StreamLoader:
@@ -317,11 +318,13 @@ class StreamLoader:
         reshuffle: bool,
     ) -> None:
         source = torch.Generator().manual_seed(fold(stream.seed, "workers"))
-        how = {"num_workers": num_workers, "pin_memory": pin_memory, "generator": source}
-        self._loader = DataLoader(stream, batch_size=None, **how)
+        how = {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": num_workers > 0}
+        self._loader = DataLoader(stream, batch_size=None, generator=source, **how)
         self.stream, self.note_broken = stream, note_broken
         self.batches = StreamBatches(stream, batch_size, rank, world_size, num_workers, reshuffle=reshuffle)
         self.readers = max(num_workers, 1)
+        stream.batches = self.batches
+        stream.place = torch.zeros(2 + self.readers, dtype=torch.long).share_memory_()
         self.start(0)
 
     def __len__(self) -> int:
@@ -330,7 +333,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.delivered:
             self.start(self.batches.epoch + 1)
-        self.stream.batches, self.stream.taken = self.batches, list(self._begun)  # for workers that start now
+        self.stream.place.copy_(torch.tensor([self.batches.epoch, self.batches.start_batch, *self._begun]))
         return self._deliver(iter(self._loader))
 
     def _deliver(self, fetched: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
