@@ -313,6 +313,11 @@ def test_a_last_line_that_is_not_whole_is_left_out(tmp_path):
     assert read_run(folder).finals == whole
 
 
+def test_a_step_that_was_written_twice_has_its_last_values(tmp_path):
+    write_metrics(tmp_path, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 1, "loss": 2.5}])
+    assert read_run(tmp_path).series("loss").to_dict() == {1: 2.5, 2: 2.0}
+
+
 def test_what_cannot_be_read_is_told(tmp_path):
     folders = make_sweep(tmp_path, {"seed": [0, 1]})
     damage_config(folders[0])
