@@ -16,10 +16,11 @@ import yaml
 from diffusion.files import atomic_write
 from diffusion.run_folder import read_status
 from diffusion.sweep.job import JobProcess
-from diffusion.sweep.trial import write_trial
+from diffusion.sweep.trial import storage_of, write_trial
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper."
 RESULTS_FILE = "optimization_results.yaml"
+SWEEPER = ("hydra.sweeper", "hydra/sweeper")
 STUDY, DATABASE = "search", "search.db"
 HOPELESS = 3  # jobs that fail before any other has ended well: something is wrong with all of them
 FIXED = "fixed_params"  # Optuna's name for the parameters of a trial that nobody had to choose
@@ -36,6 +37,8 @@ class Search:
     def __init__(self, sweeper: Any, job: JobProcess, cfg: Any, *, signals: Sequence[int] = ()) -> None:
         self.sweeper, self.job, self.signals = sweeper, job, signals
         self.settings = cfg.hydra.sweeper
+        overrides = cfg.hydra.overrides  # with which launchers compose each job: it knows nothing of the sweeper
+        overrides.hydra = [word for word in overrides.hydra if not word.lstrip("+~").startswith(SWEEPER)]
         self.storage = sweeper.storage or f"sqlite:///{job.root.absolute() / DATABASE}"
 
     def run(self, words: Sequence[str]) -> None:
@@ -54,7 +57,7 @@ class Search:
             )
         study = optuna.create_study(
             study_name=self.sweeper.study_name or STUDY,
-            storage=self.storage,
+            storage=storage_of(self.storage),
             directions=self.sweeper._get_directions(),
             load_if_exists=True,
         )
@@ -66,7 +69,7 @@ class Search:
             for _ in range(min(left, self.sweeper.n_jobs)):
                 study.sampler = self._sampler(space, chosen(study))
                 trials.append(study.ask())
-                jobs += self.sweeper._configure_trials(trials[-1:], space, fixed)
+                jobs += [rounded(said, space) for said in self.sweeper._configure_trials(trials[-1:], space, fixed)]
             self._launch(study, trials, jobs)
             left -= len(trials)
         self._write_results(study)
@@ -133,9 +136,24 @@ class Search:
         found: dict[str, Any] = {"name": "optuna", "trials": {name: states[state] for state, name in names.items()}}
         if states[TrialState.COMPLETE]:
             best = study.best_trial
-            found |= {"best_params": best.params, "best_value": best.value, "best_trial": best.number}
+            params = {key: yaml.safe_load(brief(str(value))) for key, value in best.params.items()}
+            found |= {"best_params": params, "best_value": best.value, "best_trial": best.number}
         with atomic_write(self.job.root / RESULTS_FILE, durable=False) as partial:
             partial.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
+
+
+def rounded(words: Sequence[str], space: Mapping[str, Any]) -> list[str]:
+    """Return the words of a job with four digits of each number that was drawn; more would only make names long."""
+    pairs = [word.partition("=") for word in words]
+    return [f"{key}={brief(value)}" if key in space else f"{key}={value}" for key, _, value in pairs]
+
+
+def brief(value: str) -> str:
+    """Return a number with four digits, and any other word as it is."""
+    try:
+        return value if float(value).is_integer() else f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def chosen(study: Any) -> int:

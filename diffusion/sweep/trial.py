@@ -14,6 +14,7 @@ from diffusion.files import atomic_write
 
 TRIAL_FILE = "trial.yaml"  # in a job's folder: which trial of which study it is
 PRUNERS = ("median", "hyperband", "none")
+BUSY = 60.0  # seconds to wait for a database that another job writes to
 LEAST = 27  # hyperband's shortest runs have this part of all steps; the best third of them goes on three times as long
 
 
@@ -31,6 +32,20 @@ def check_pruner(pruner: str, **numbers: int) -> None:
     for name, value in numbers.items():
         if value < 0:
             raise ValueError(f"callbacks.pruning.{name} must not be negative, got {value}")
+
+
+def storage_of(url: str) -> Any:
+    """Open the database of a study, or make it.
+
+    Optuna 2, which Hydra's sweeper asks for, never commits what it says about its own version under SQLAlchemy 2, and
+    then refuses the database; so each statement is committed. A search asks and a job reports in single statements.
+    """
+    from optuna.storages import RDBStorage
+
+    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+    if url.startswith("sqlite:"):
+        options["connect_args"] = {"timeout": BUSY}
+    return RDBStorage(url, engine_kwargs=options)
 
 
 class OpenTrial:
@@ -51,7 +66,7 @@ class OpenTrial:
             judge = optuna.pruners.HyperbandPruner(max(1, max_steps // LEAST), max(1, max_steps), 3)
         sampler = optuna.samplers.RandomSampler(seed=0)  # it has nothing to choose here
         self.name = pruner
-        self._study = optuna.load_study(facts["study"], facts["storage"], sampler=sampler, pruner=judge)
+        self._study = optuna.load_study(facts["study"], storage_of(facts["storage"]), sampler=sampler, pruner=judge)
         self._number = facts["trial"]
 
     def goes_on(self, value: float, step: int) -> bool:
