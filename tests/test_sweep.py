@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from sweep_cases import only_sweep, save_toy, started, starts, states, sweep
+from tiny import run
 
 from diffusion.cli.composing import CONFIGS
 from diffusion.run_folder import locked, read_status, write_status
@@ -269,11 +270,30 @@ def jobs_like(folder: Path):
     return jobs_of(folder)[0]._replace(folder=folder)
 
 
-def test_the_last_line_of_a_log_is_what_a_terminal_shows(tmp_path):
-    (tmp_path / "log.txt").write_text("$ python toy.py\nstep 1\rstep 2\r\n\n")
+def test_the_last_line_of_a_log_is_what_tells_how_the_job_goes(tmp_path):
+    (tmp_path / "log.txt").write_text("$ python toy.py\nstep 1\rstep 2\r\n\n/x/y.py:3: UserWarning: z\n  z()\n")
     assert last_line(tmp_path / "log.txt") == "step 2"
-    (tmp_path / "log.txt").write_text("$ python toy.py\n")
+    (tmp_path / "log.txt").write_text("$ python toy.py\n├── logger\n    └── a: 1\n")
     assert last_line(tmp_path / "log.txt") == ""
+
+
+@pytest.mark.slow
+def test_a_job_that_trains_on_several_devices_is_one_folder_and_one_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = "-m seed=0,1 trainer.accelerator=cpu trainer.devices=2 +trainer.strategy=ddp trainer.max_steps=2"
+    small = "data.batch_size=8 net.channels=8 trainer.log_every_n_steps=1 trainer.val_check_interval=2"
+    status, _, said = run("train", [*words.split(), *small.split(), "callbacks.samples=null"], monkeypatch, capsys)
+    assert status == 0, said
+    folder = only_sweep(tmp_path)
+    assert states(folder) == {"seed=0": "finished", "seed=1": "finished"}
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}  # no rank began a folder of its own
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"seed=0", "seed=1"}
+    for name in ("seed=0", "seed=1"):
+        starts = yaml.safe_load((folder / name / "record.yaml").read_text())["starts"]
+        assert [start["world_size"] for start in starts] == [2]
+        rows = (folder / name / "metrics.csv").read_text().splitlines()
+        assert [row.partition(",")[0] for row in rows] == ["step", "1", "2"]
+        assert len(list((folder / name).glob("log*.txt"))) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 All of it is read from the jobs' folders, so that it is the same wherever they run.
 """
 
+import re
 import shutil
 import sys
 import threading
@@ -15,6 +16,8 @@ from diffusion.sweep.job import elapsed, last_words
 
 PULSE = 0.25  # seconds between two looks
 SECONDS_A_LINE = 20.0  # between two lines about a running job, where standard error is no terminal
+# Lines of a log that are of no progress: the command, the tree of the config, what libraries warn of.
+BESIDES = re.compile(r"\$ |[\s│├└]|\S+\.py:\d+: ")
 NOT_BEGUN = "waiting"  # the state of a job that no STATUS tells of
 
 
@@ -125,13 +128,12 @@ def clock(seconds: float) -> str:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log that says something, as a terminal shows it; "" where there is none."""
+    """Return the last line of a log that tells how the job goes, as a terminal shows it; "" where there is none."""
     try:
         lines = last_words(log).replace("\r", "\n").splitlines()
     except OSError:
         return ""
-    said = (line.strip() for line in reversed(lines))
-    return next((line for line in said if line and not line.startswith("$ ")), "")
+    return next((line.rstrip() for line in reversed(lines) if line.strip() and not BESIDES.match(line)), "")
 
 
 def table(jobs: Mapping[str, Job]) -> str:
