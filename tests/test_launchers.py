@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from launch_cases import CUBE, ROOT, check_cube, environment, record, state, train
+from launch_cases import CUBE, ROOT, check_cube, record, state, train
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
@@ -365,7 +365,7 @@ def test_the_batch_file_queues_the_job_again_only_where_it_was_preempted(status,
     calls = (stand_ins / "calls").read_text().splitlines()
     assert calls[0] == (
         "srun --wait=300 uv run --no-sync python train.py experiment=digits prompt=a dog "
-        "++trainer.num_nodes=4 ++trainer.devices=8"
+        "trainer.num_nodes=4 trainer.devices=8"
     )
     assert ("scontrol requeue 12" in calls) == again
 
@@ -401,17 +401,3 @@ def test_two_ranks_write_one_run_folder_and_speak_with_one_voice(starter, tmp_pa
     assert record(run)["starts"][0]["world_size"] == 2
     for text in ("training in", "config\n", "holds the model of step 4"):
         assert (done.stdout + done.stderr).count(text) == 1
-
-
-@pytest.mark.slow
-def test_a_sweep_of_jobs_with_two_ranks_each_is_one_sweep(tmp_path):
-    """With Hydra's own way the second rank starts the whole sweep once more, in a folder of its own."""
-    words = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2", "seed=0,1")
-    done = train(*words, cwd=tmp_path, flags=("-m",), env=environment())
-    assert done.returncode == 0, done.stderr
-    (sweep,) = tmp_path.glob("outputs/sweeps/*")
-    assert list(tmp_path.glob("outputs/*")) == [sweep.parent]
-    for seed in (0, 1):
-        assert state(sweep / f"seed={seed}") == "finished"
-        (start,) = record(sweep / f"seed={seed}")["starts"]
-        assert start["world_size"] == 2
