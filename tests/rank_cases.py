@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+
+from diffusion.training.sharded import whole
 
 TESTS = Path(__file__).parent
 
@@ -95,7 +98,7 @@ class Shown(Callback):
             **{f"buffer {name}": value for name, value in task.named_buffers() if name.startswith("timestep_sampler")},
             "gradient norm": task.gradient_norm,
         }
-        shared = {name: value.detach().clone() for name, value in shared.items()}
+        shared = {name: whole(value.detach()).clone() for name, value in shared.items()}
         torch.save([self.batches, shared], Path(trainer.default_root_dir) / f"shown_{trainer.global_rank}.pt")
 
 
@@ -107,3 +110,25 @@ def shown(run_dir: Path) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     ranks = [torch.load(path, weights_only=True) for path in sorted(run_dir.glob("shown_*.pt"))]
     batches = [part for together in zip(*(batches for batches, _ in ranks), strict=True) for part in together]
     return {name: torch.cat([part[name] for part in batches]) for name in batches[0]}, [state for _, state in ranks]
+
+
+class KillAt(Callback):
+    """Kill this process without notice, in the middle of the batch after `step` steps, where it is rank `rank`."""
+
+    def __init__(self, step: int, rank: int = 1) -> None:
+        self.step, self.rank = step, rank
+
+    def on_before_backward(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class PoisonOne(Callback):
+    """Give the second rank images that are not numbers, once `step` steps are done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, task: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == 1:
+            batch["image"].fill_(torch.nan)

@@ -99,6 +99,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             raise _full(path, checkpoint, needed, error.errno) from error
 
+    def load_checkpoint(self, path: str | Path, *settings: Any, **named: Any) -> dict[str, Any]:
+        """Read a file. Raises ValueError for a folder of shards, which several devices wrote together."""
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is in shards, and this run keeps its network in one piece; go on with trainer=fsdp, on any "
+                "number of devices, or make a model of it: python -m diffusion.training.merge"
+            )
+        return super().load_checkpoint(path, *settings, **named)
+
 
 def tensor_bytes(value: Any) -> dict[int, int]:
     """Return the bytes of all tensors in nested data, by where their memory begins: what is shared counts once."""

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from diffusion.training.sharded import local
+from diffusion.training.sharded import local, spread_like
 
 DecayRule = Callable[[float, int], float]  # (target decay, number of this update, from 1) -> decay to use
 # The rules are objects, not partial functions: Hydra guards each call of its partials, at 0.2 ms a step.
@@ -93,7 +93,7 @@ class EMA(Callback):
             if average is None:
                 average = {name: full_precision(p.detach()).clone() for name, p in parameters.items()}
             check_names(average, parameters)
-            self.averages[decay] = {name: average[name].to(p.device) for name, p in parameters.items()}
+            self.averages[decay] = {name: spread_like(average[name], p) for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:

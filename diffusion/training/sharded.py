@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, zeros
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
 from diffusion.models.attention import SelfAttention, TransformerBlock
 from diffusion.models.layers import ResidualBlock
@@ -32,9 +32,6 @@ class Sharded(ModelParallelStrategy):
     A checkpoint is a folder: a file of shards a rank, .metadata, and meta.pt with all that is no tensor of network,
     optimizer or averages. Another number of ranks can go on from it. On CPUs ranks talk over gloo.
     """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
 
     def setup_environment(self) -> None:
         """Let all ranks hold one copy of the weights together."""
@@ -84,6 +81,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     What is freed after a block's forward pass comes back for its backward pass. Also the outermost part is freed, so
     that averages can be lent to it at any time.
     """
+    for parameter in network.parameters():  # our networks keep channels_last, which `fully_shard` refuses
+        parameter.data = parameter.data.contiguous()
     for module in reversed(list(network.modules())):  # inner blocks first
         if isinstance(module, BLOCKS) and module is not network:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -103,6 +102,13 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor in shards as one, on every rank; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor on a parameter's device, and in shards where that is; all ranks then take part."""
+    if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
