@@ -126,6 +126,15 @@ def wait_for_training(process, run_dir):
         time.sleep(0.005)
 
 
+def wait_for_step(run_dir, step):
+    """Wait until a checkpoint of this step is there, or a later one; None: until the folder is."""
+    while True:
+        status = read_status(run_dir)
+        if status is not None and (step is None or (status.step or 0) >= step):
+            return
+        time.sleep(0.002)
+
+
 def usable(run_dir):
     """Return the step of the newest checkpoint; all that there are must be readable."""
     steps = [read_checkpoint(path)["global_step"] for path in candidates(run_dir)]
@@ -138,9 +147,9 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, start
     way = list(WAYS)[number % len(WAYS)]
     run_dir, (model, seconds) = tmp_path / "run", whole(way)
     process = start(way, run_dir)
-    if number % 5:  # every fifth kill may come before training has begun
-        wait_for_training(process, run_dir)
-    time.sleep(random.uniform(0, seconds))
+    at = random.randrange(STEPS - 1) if number % 5 else None  # every fifth kill may come before training has begun
+    wait_for_step(run_dir, at)
+    time.sleep(random.uniform(0, seconds / STEPS))
     process.send_signal(signal.SIGKILL)
     killed = process.wait() == -signal.SIGKILL
     step = usable(run_dir)
