@@ -6,8 +6,8 @@
 
 Stable Diffusion's autoencoder (configs/autoencoder/kl_f8.yaml, random weights) on 256x256 shapes, a latent UNet of
 1.7 M parameters; or the recipes shapes_latent_text and digits_latent with autoencoders of their own sizes, where the
-network's step is most of the work. The runs are those that train.py makes, with the same seed, one after the other: encoding in each step, from the
-cache, and from `data=latents` alone. Losses are compared step by step.
+network's step is most of the work. The runs are those that train.py makes, with the same seed, one after the other:
+encoding in each step, from the cache, and from `data=latents` alone. Losses are compared step by step.
 """
 
 import math

@@ -17,13 +17,15 @@ from diffusion.data.latent_build import MANIFEST, PROGRESS, exists, read, refuse
 from diffusion.data.latent_cache import autoencoder_origin, condition_origin, latent_set
 from diffusion.stored_condition import PREFIX, why_not_stored
 
+AUGMENTED = ("horizontal_flip", "random_crop")  # settings of images that a cache has or has not
+
 
 class Latents(ImageData):
     """Batches {"moments": (B, 2C, h, w), "label", "caption", "index", "condition.context", ...} from the folder `root`.
 
     Shape, classes and mirrors are those of the images when they were encoded. `images` are settings that a recipe gives
-    for its images: one that the cache was made with differently is refused, others say nothing here, and
-    num_classes=None leaves the labels out.
+    for its images: another shape, number of classes or augmentation than the cache's is refused, what else there is says
+    nothing here; num_classes=None leaves the labels out.
     """
 
     def __init__(
@@ -63,7 +65,8 @@ class Latents(ImageData):
     def _refuse_other_images(self, facts: Mapping[str, Any], images: Mapping[str, Any]) -> None:
         channels, image_size = facts["shape"][:2]
         known = {"channels": channels, "image_size": image_size, "num_classes": facts["num_classes"]}
-        known = self.manifest["settings"] | known | ({"num_classes": None} if images.get("num_classes") is None else {})
+        known |= {name: value for name, value in self.manifest["settings"].items() if name in AUGMENTED}
+        known |= {"num_classes": None} if images.get("num_classes") is None else {}
         if changed := [key for key, value in images.items() if key in known and known[key] != value]:
             told = ", ".join(f"data.{key} was {known[key]} and is {images[key]}" for key in changed)
             raise ValueError(
