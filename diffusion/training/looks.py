@@ -5,7 +5,7 @@ states. What the numbers may mean is `diffusion.report.hints`' question.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusion.latents import encode_moments
 from diffusion.losses import DenoisingLoss, classifier_loss
 from diffusion.process import GaussianDiffusion, q_sample, target
 from diffusion.randomness import generator
+from diffusion.training.sharded import local
 
 KINDS = ("eps", "x0", "v")  # what an answer may be meant as
 OFFSETS = (-2, -1, 0, 1, 2)  # of the timestep whose noise an input may have from the one that the network is told
@@ -62,7 +63,8 @@ class Listening:
 class Lens:
     """How a denoiser is looked at: `size` samples at once, under autocast where training is (`context`).
 
-    The noise is a function of (`seed`, t). Gradients are taken of `scale` times the loss, for half precision.
+    The noise is a function of (`seed`, t). Gradients, unless there are to be none, are taken of `scale` times the loss,
+    for half precision.
     """
 
     net: nn.Module
@@ -71,6 +73,7 @@ class Lens:
     size: int = 32
     seed: int = 0
     scale: float = 1.0
+    gradients: bool = True
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property
@@ -88,16 +91,13 @@ class Lens:
     def row(self, subject: Subject, t: int) -> dict[str, float]:
         """Return the columns of one timestep that need gradients, and all that follows from the answer."""
         x0, eps = subject.x0, self.noise(subject.x0, t)
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
         total, losses, answers, beliefs = None, [], [], []
         for start, part in zip(range(0, len(x0), self.size), subject.parts(self.size), strict=True):
             at = self._at(part, t)
             listening, noise = Listening(self.ask), eps[start : start + self.size]
-            with torch.enable_grad(), self.context():
+            with torch.set_grad_enabled(self.gradients), self.context():
                 loss = self.loss(self.diffusion, listening, part.x0, at, noise, part.condition).loss
-                share = self.scale * loss.sum() / len(x0)
-            gradients = torch.autograd.grad(share, parameters, allow_unused=True)
-            total = added(total, gradients)
+                total = self._gradients(total, loss.sum() / len(x0))
             answer = listening.answer.detach().to(x0.dtype)
             beliefs.append(
                 self.diffusion.prediction(answer, q_sample(part.x0, noise, self.diffusion.schedule.level(at)), at).x0
@@ -105,8 +105,21 @@ class Lens:
             answers.append(self._said(answer))
             losses.append(loss.detach())
         row = {"t": t, **dict(zip(("alpha", "sigma"), self.diffusion.schedule.level(t), strict=True))}
-        row |= {"loss": float(torch.cat(losses).mean()), "grad_norm": norm(total) / self.scale}
+        row |= {"loss": float(torch.cat(losses).mean()), **self._norm(total)}
         return row | self._judged(torch.cat(answers), torch.cat(beliefs), x0, eps, t)
+
+    def _gradients(self, total: list[Tensor | None] | None, loss: Tensor) -> list[Tensor | None]:
+        """Add the gradients of another part of the batch; parameters that take no part have none."""
+        if not self.gradients:
+            return []
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        found = torch.autograd.grad(self.scale * loss, parameters, allow_unused=True)
+        pairs = zip(total or [None] * len(found), found, strict=True)
+        return [new if old is None else old if new is None else old.add_(new) for old, new in pairs]
+
+    def _norm(self, gradients: list[Tensor | None]) -> dict[str, float]:
+        known = [gradient.float() for gradient in gradients if gradient is not None]
+        return {"grad_norm": float(nn.utils.get_total_norm(known)) / self.scale} if self.gradients else {}
 
     def _at(self, subject: Subject, t: int) -> Tensor:
         return torch.full((len(subject.x0),), t, device=subject.x0.device)
@@ -149,7 +162,6 @@ class Lens:
     def classifier_row(self, subject: Subject, t: int, *, noised: bool) -> dict[str, float]:
         """Return loss, gradient norm and accuracy of a classifier at one timestep."""
         eps = self.noise(subject.x0, t)
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
         total, losses, right = None, [], []
         for start, part in zip(range(0, len(eps), self.size), subject.parts(self.size), strict=True):
             at = self._at(part, t)
@@ -158,16 +170,14 @@ class Lens:
                 if noised
                 else part.x0
             )
-            with torch.enable_grad(), self.context():
+            with torch.set_grad_enabled(self.gradients), self.context():
                 terms = classifier_loss(self.ask(x, self.diffusion.time(x, at)), part.label)
-                share = self.scale * terms.loss.sum() / len(eps)
-            gradients = torch.autograd.grad(share, parameters, allow_unused=True)
-            total = added(total, gradients)
+                total = self._gradients(total, terms.loss.sum() / len(eps))
             losses.append(terms.loss.detach())
             right.append(terms.top1)
         alpha, sigma = self.diffusion.schedule.level(t) if noised else (1.0, 0.0)
         row = {"t": t, "alpha": alpha, "sigma": sigma, "loss": float(torch.cat(losses).mean())}
-        return row | {"grad_norm": norm(total) / self.scale, "accuracy": float(torch.cat(right).mean())}
+        return row | self._norm(total) | {"accuracy": float(torch.cat(right).mean())}
 
 
 class InputNoise:
@@ -244,20 +254,6 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float((a @ b) / (a.norm() * b.norm()).clamp(min=1e-30))
 
 
-def added(total: list[Tensor | None] | None, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Add the gradients of another part of the batch."""
-    if total is None:
-        return list(gradients)
-    return [
-        new if old is None else old if new is None else old.add_(new) for old, new in zip(total, gradients, strict=True)
-    ]
-
-
-def norm(gradients: Sequence[Tensor | None]) -> float:
-    """Return the 2-norm of gradients; parameters that took no part have none."""
-    return float(nn.utils.get_total_norm([g.float() for g in gradients if g is not None]))
-
-
 def data_facts(x0: Tensor) -> dict[str, float]:
     """Return least and greatest value, mean and standard deviation."""
     x0 = x0.detach().double()
@@ -290,10 +286,13 @@ def exported_facts(trained: GaussianDiffusion, exported: GaussianDiffusion) -> d
 
 @torch.no_grad()
 def marks(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return a few numbers of each parameter, in float64 on the CPU: enough to tell whether and how far it moved."""
+    """Return a few numbers of each parameter, in float64 on the CPU: enough to tell whether and how far it moved.
+
+    Of parameters in shards they are numbers of this process's shards.
+    """
     few = []
     for tensor in parameters.values():
-        flat = tensor.detach().flatten()
+        flat = local(tensor.detach()).flatten()
         few.append(flat[:: max(1, len(flat) // MARKS)][:MARKS].double())
     return torch.cat(few).cpu() if few else torch.zeros(0, dtype=torch.float64)
 

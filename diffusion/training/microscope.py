@@ -13,7 +13,6 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from diffusion.checkpoint import atomic_write
@@ -34,6 +33,7 @@ from diffusion.training.looks import (
     undisturbed,
 )
 from diffusion.training.metrics import as_csv, read_rows
+from diffusion.training.sharded import is_sharded
 
 CURVES, HINTS = "microscope.csv", "hints.yaml"
 HALF_SCALE = 2.0**12  # of the loss in float16, as a gradient scaler has it; norms are divided by it again
@@ -51,7 +51,8 @@ class Microscope(Callback):
     network is measured in the first steps: how noisy it is, and how often nothing is told; and with several processes
     whether their draws differ. Hints are said on stderr when they first appear, and at the end.
 
-    A network in shards (FSDP) is not asked, for all processes would have to: of such a run all else is looked at.
+    Of a network in shards (FSDP) all processes look at the same, because each of its calls needs all of them; such
+    curves have no gradient norm.
     """
 
     def __init__(
@@ -88,9 +89,9 @@ class Microscope(Callback):
         self._first_step = self._last_step = trainer.global_step
         self._told, self._noise = self._told.to(pl_module.device), InputNoise(pl_module.device)
         self._listen(trainer, pl_module)
-        if self._initial is None and trainer.global_step == 0 and not in_shards(trainer):
+        if self._initial is None and trainer.global_step == 0:
             self._initial = marks(trainable(pl_module.model))
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if trainer.fast_dev_run or not self._looks(trainer, pl_module):
             return
         if trainer.global_step:
             self._take_up(Path(trainer.default_root_dir), trainer.global_step)
@@ -114,7 +115,7 @@ class Microscope(Callback):
         ranks = None
         if trainer.world_size > 1 and getattr(pl_module, "noised", True):
             ranks = compare_ranks(pl_module, batch, outputs["t"], shown and shown[0])
-        if trainer.is_global_zero:
+        if self._looks(trainer, pl_module):
             self._look(trainer, pl_module, batch, ranks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,6 +186,10 @@ class Microscope(Callback):
         self._told[0] += len(dropped)
         self._told[1] += dropped.sum().to(self._told)
 
+    @staticmethod
+    def _looks(trainer: Trainer, task: LightningModule) -> bool:
+        return trainer.is_global_zero or is_sharded(task.model)
+
     # -- one look ------------------------------------------------------------------------------------------------------
 
     def _look(
@@ -203,7 +208,8 @@ class Microscope(Callback):
         finally:
             self._looking = False
         self.rows += [{"step": trainer.global_step, **row} for row in look["curve"]]
-        self._write(Path(trainer.default_root_dir), trainer.global_step, hints_of(look))
+        if trainer.is_global_zero:
+            self._write(Path(trainer.default_root_dir), trainer.global_step, hints_of(look))
 
     def _facts(self, trainer: Trainer, task: LightningModule, batch: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return all that is not a curve; see `diffusion.report.hints` for what becomes of it."""
@@ -217,15 +223,13 @@ class Microscope(Callback):
             "data": data,
             "schedule": schedule_facts(task.diffusion),
             "inputs": self._noise.facts(),
-            "ema": None if in_shards(trainer) else self._ema_facts(trainer, task),
+            "ema": self._ema_facts(trainer, task),
             "condition": self._condition_facts(task),
             **self._exported(task),
         }
 
     def _curve(self, trainer: Trainer, task: LightningModule) -> list[dict[str, float]]:
-        """Return a row a timestep; none of a network in shards."""
-        if in_shards(trainer):
-            return []
+        """Return a row a timestep."""
         subject, lens = self._subject, self._lens(trainer, task)
         last = task.diffusion.num_train_timesteps - 1
         times = sorted({round(i * last / (self.num_timesteps - 1)) for i in range(self.num_timesteps)})
@@ -254,6 +258,7 @@ class Microscope(Callback):
             size=max(1, min(self.num_images, getattr(self.data, "batch_size", 2 * self.num_images) // 2)),
             seed=self.seed,
             scale=HALF_SCALE if half else 1.0,
+            gradients=not is_sharded(task.net),
             context=trainer.precision_plugin.forward_context,
         )
 
@@ -317,11 +322,6 @@ class Microscope(Callback):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def in_shards(trainer: Trainer) -> bool:
-    """Say whether no process has the whole network."""
-    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
 
 def average_of(trainer: Trainer) -> EMA | None:
