@@ -209,7 +209,12 @@ def test_runs_without_overrides_are_told_apart_by_as_few_keys_of_their_configs_a
             "optimizer": {"lr": lr},
             "copy": {"lr": {"of": lr}},
         }
-        config |= {"run_dir": f"outputs/{number_}", "threads": number_, "callbacks": {"log": {"net": f"some.{net}"}}}
+        config |= {
+            "said": {"by": {"others": min(number_, 1)}},
+            "run_dir": f"outputs/{number_}",
+            "threads": number_,
+            "callbacks": {"log": {"net": f"some.{net}"}},
+        }
         tiny_run(tmp_path / str(number_), {"val/loss": 1.0}, config)
     varied = varied_of(tmp_path)
     assert varied.keys == ("net", "optimizer.lr") and varied.values == (("a", "0.001"), ("a", "0.0001"), ("b", "0.001"))

@@ -222,7 +222,7 @@ function startFigures(data) {
   }
   if ($("metric")) grouped($("metric"), data.curves.metrics, data.metric);
   if ($("seeds") && data.runs.length > 40) $("seeds").value = "mean";
-  if ($("quantity")) options($("quantity"), data.timesteps.map((quantity, number) => [number, quantity.name]));
+  if ($("quantity")) options($("quantity"), data.timesteps.map((quantity, number) => [number, quantity.name]), data.quantity);
   for (const id of ["metric", "seeds", "x", "smooth", "log", "logx"]) $(id)?.addEventListener("input", () => again(data, "figure-curves"));
   for (const id of ["quantity", "logt"]) $(id)?.addEventListener("input", () => again(data, "figure-timesteps"));
   drawLegends(data);

@@ -107,9 +107,9 @@ function partingTable(compare, a, b) {
   return table(head, rows);
 }
 
-function table(head, rows) {
+function table(head, rows, kind = "") {
   const header = element("thead", {}, element("tr", {}, ...head.map((text) => element("th", {}, text))));
-  return element("div", { class: "scroll" }, element("table", { class: "compared" }, header, element("tbody", {}, ...rows)));
+  return element("div", { class: "scroll" }, element("table", { class: `compared ${kind}` }, header, element("tbody", {}, ...rows)));
 }
 
 // Two texts from the line on in which they part, as far as a table can show them.
@@ -140,19 +140,22 @@ function compareRuns(data) {
       : "The metrics are equal wherever both runs measured them.";
     parts.push(element("p", { id: "parting" }, element("b", {}, text)), partingTable(compare, a, b));
   }
-  const same = [];
+  const [same, unknown] = [[], []];
   for (const [name, title] of Object.entries(SECTIONS)) {
     if (a === b) break;
     const keys = Object.entries(compare.sections[name]).filter(([, values]) => values.of[a] !== values.of[b]);
-    const missing = [a, b].filter((run) => !compare.known[name][run]);
-    if (missing.length) parts.push(element("p", { class: "note" }, `${title}: not recorded for ${missing.map((run) => (run === a ? "A" : "B")).join(" and ")}.`));
+    if ([a, b].some((run) => !compare.known[name][run])) unknown.push(title.toLowerCase());
     else if (!keys.length) same.push(title.toLowerCase());
     else {
-      const rows = keys.map(([key, values]) => element("tr", {}, ...[key, ...apart(values.texts[values.of[a]], values.texts[values.of[b]])].map((text) => element("td", {}, text))));
-      parts.push(element("h3", {}, title), table(["", "A", "B"], rows));
+      const rows = keys.map(([key, values]) => {
+        const texts = [key, ...apart(values.texts[values.of[a]], values.texts[values.of[b]])];
+        return element("tr", {}, ...texts.map((text) => element("td", {}, text)));
+      });
+      parts.push(element("h3", {}, title), table(["", "A", "B"], rows, name));
     }
   }
   if (same.length) parts.push(element("p", { class: "note" }, `The same in both: ${same.join(", ")}.`));
+  if (unknown.length) parts.push(element("p", { class: "note" }, `Not recorded for both: ${unknown.join(", ")}.`));
   $("compared").replaceChildren(...parts);
 }
 

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from diffusion import __version__
 from diffusion.files import atomic_write
-from diffusion.report.figures import by_timestep, learning_curves
+from diffusion.report.figures import SEEN, by_timestep, learning_curves
 from diffusion.report.pictures import shown_pictures
 from diffusion.report.runs import Sweep, read_sweeps
 from diffusion.report.summary import (
@@ -128,6 +128,7 @@ def page_data(varied: Varied, found: Results, curves: Any, timesteps: Any) -> di
         "metric": next((name for name in measured if len_most(curves, name) > 1), None),
         "colour": colour(varied),
         "timesteps": timesteps,
+        "quantity": quantity(varied, timesteps),
         "compare": comparison(varied) if len(runs) > 1 else None,
     }
 
@@ -145,6 +146,12 @@ def colour(varied: Varied) -> str:
         return "configuration"
     few = [(len(varied.choices(key)), name) for key, name in zip(varied.keys, varied.names, strict=True)]
     return max([(count, name) for count, name in few if count <= FEW], default=(0, "configuration"))[1]
+
+
+def quantity(varied: Varied, timesteps: Any) -> int:
+    """Choose what to draw by timestep first: where the loss itself was varied, the error of x0, which compares."""
+    names = [one["name"] for one in timesteps]
+    return names.index(SEEN["x0_mse"]) if varied.loss_defining and SEEN["x0_mse"] in names else 0
 
 
 def devices(varied: Varied) -> list[str]:
