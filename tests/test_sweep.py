@@ -409,3 +409,35 @@ def test_a_sweep_is_not_started_by_several_processes(monkeypatch, capsys, tmp_pa
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, said = sweep(tmp_path, "-m seed=0", monkeypatch, capsys)
     assert status == 2 and "a sweep cannot share 2 processes; start it alone" in said
+
+
+def test_words_beside_a_named_sweep_may_be_about_what_only_the_sweep_brings(monkeypatch, capsys, tmp_path):
+    status, said = sweep(tmp_path, "sweep=adm_table1 callbacks.evaluation.num_samplez=7", monkeypatch, capsys)
+    assert status == 2 and "did you mean callbacks.evaluation.num_samples?" in said
+    assert "has no option" in sweep(tmp_path, "sweep=adm_table1 net=nope", monkeypatch, capsys)[1]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_named_sweep_composes(path):
+    from hydra.types import RunMode
+
+    from diffusion.sweep.run import check_jobs, hydra_of
+    from diffusion.sweep.words import about, plan
+
+    command = about(path)[0]
+    if "override /hydra/sweeper" in path.read_text():
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = [f"sweep={path.stem}"]
+    with hydra_of(command) as hydra:
+        cfg = hydra.compose_config(command, words, run_mode=RunMode.MULTIRUN)
+        search = "interval(" in path.read_text()
+        todo = plan(cfg, words, command, "run_dir" if command == "train" else "out_dir", search=search)
+        cfg = hydra.compose_config(command, list(todo.words), run_mode=RunMode.MULTIRUN)
+        check_jobs(hydra.config_loader, cfg, todo, command, ())
+    assert search or len(todo.jobs) > 10
+
+
+def test_adms_table_is_the_papers_rows():
+    text = (CONFIGS / "sweep" / "adm_table1.yaml").read_text()
+    wanted = ("baseline", "depth", "heads", "attention_resolutions", "biggan_updown", "rescale_residual", "adm")
+    assert re.findall(r"ablation/(\w+)", text) == list(wanted)

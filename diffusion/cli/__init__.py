@@ -119,6 +119,7 @@ def _run_sweep(
 
     from diffusion.sweep.plugins import explain_missing
     from diffusion.sweep.run import Command, run_sweep
+    from diffusion.sweep.words import words_of_named
 
     _word_warnings()
     line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -128,7 +129,8 @@ def _run_sweep(
     except (HydraException, OmegaConfBaseException) as error:
         if _wants_traceback():
             raise
-        stop_together(explain_missing(error) or diagnose(typed, config_name, sweep=True) or explain(error))
+        words = [*words_of_named(typed), *typed]
+        stop_together(explain_missing(error) or diagnose(words, config_name, sweep=True) or explain(error))
     except (ValueError, OSError) as error:
         if _wants_traceback():
             raise

@@ -244,11 +244,12 @@ def reason(returncode: int, said: str) -> str:
 
 
 def last_words(log: Path, began: int = 0) -> str:
-    """Return the end of what a log holds from byte `began` on."""
+    """Return the last lines of what a log holds from byte `began` on."""
     with open(log, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(began, size - ENDING))
-        return file.read().decode("utf-8", errors="replace")
+        first = max(began, file.seek(0, os.SEEK_END) - ENDING)
+        file.seek(first)
+        text = file.read().decode("utf-8", errors="replace")
+    return text if first == began else text.partition("\n")[2]  # a line that is cut says something else
 
 
 def final_value(folder: Path, name: str) -> float:

@@ -32,7 +32,7 @@ from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
 from diffusion.sweep.search import OPTUNA, Search
 from diffusion.sweep.share import with_share
-from diffusion.sweep.words import GROUP, NEW_FOLDER, Plan, check_named, named_sweep, plan
+from diffusion.sweep.words import GROUP, NEW_FOLDER, Plan, check_named, is_hydras, named_sweep, plan
 
 FAILED = 1  # the exit status of a sweep that ran to its end, but not all of its jobs did
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -67,7 +67,7 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
     """
     from hydra._internal.callbacks import Callbacks
     from hydra._internal.utils import get_args_parser
-    from hydra.types import HydraContext, RunMode
+    from hydra.types import HydraContext
 
     check_alone()
     args = get_args_parser().parse_args(list(arguments))
@@ -75,11 +75,8 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
     with hydra_of(command.config_name, config_dir=args.config_dir) as hydra:
         if (name := named_sweep(args.overrides)) is not None:
             check_named(name, command.config_name, hydra.config_loader.get_group_options(GROUP))
-        cfg = hydra.compose_config(config_name, [*command.ahead, *args.overrides], run_mode=RunMode.MULTIRUN)
-        check_plugins(cfg)
+        cfg, todo = _composed(hydra, command, config_name, args.overrides)
         search = cfg.hydra.sweeper._target_ != GRID
-        check_objective(cfg, search=search)
-        todo = plan(cfg, args.overrides, command.config_name, command.folder_key, texts=command.texts, search=search)
         _put_sweep_dir(cfg, todo.sweep_dir)
         check_jobs(hydra.config_loader, cfg, todo, config_name, command.ahead)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
@@ -104,6 +101,23 @@ def run_sweep(command: Command, arguments: Sequence[str]) -> int:
             if not signals:
                 context.callbacks.on_multirun_end(config=cfg, config_name=config_name)
     return status
+
+
+def _composed(hydra: Any, command: Command, config_name: str, words: Sequence[str]) -> tuple[Any, Plan]:
+    """Return Hydra's config of the sweep, and what the words, and those of the sweep that they name, stand for."""
+    from hydra.types import RunMode
+
+    ours = [word for word in words if is_hydras(word)]
+    beside = [] if named_sweep(words) else [*command.ahead, *(word for word in words if not is_hydras(word))]
+    cfg = hydra.compose_config(config_name, [*beside, *ours], run_mode=RunMode.MULTIRUN)
+    check_plugins(cfg)
+    search = cfg.hydra.sweeper._target_ != GRID
+    check_objective(cfg, search=search)
+    todo = plan(cfg, words, command.config_name, command.folder_key, texts=command.texts, search=search)
+    if named_sweep(words):  # typed words may be about what only the sweep's bring
+        cfg = hydra.compose_config(config_name, [*command.ahead, *ours, *todo.words], run_mode=RunMode.MULTIRUN)
+        check_objective(cfg, search=search)
+    return cfg, todo
 
 
 def check_alone() -> None:
@@ -200,7 +214,7 @@ def begin(todo: Plan, command: Command) -> dict[str, Any]:
     known = {digest(entry["overrides"]): entry["folder"] for entry in old.get("jobs", [])}
     taken = {entry["folder"]: entry["overrides"] for entry in old.get("jobs", [])}
     jobs = []
-    for name, words in zip(folder_names(todo.jobs, todo.keys), todo.jobs, strict=True):
+    for name, words in zip(folder_names(todo.jobs, todo.shown), todo.jobs, strict=True):
         name = known.get(digest(words), name)
         if digest(words) not in known and name in taken:
             raise ValueError(_other_settings(folder / name, words, taken[name]))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diffusion.cli.composing import CONFIGS, flat, in_grammar
 from diffusion.sweep.folder import as_mapping, digest
 
@@ -26,6 +28,7 @@ class Plan:
     name: str
     words: tuple[str, ...]  # what was typed, and what the named sweep says, each key once
     keys: tuple[str, ...]  # what is varied
+    shown: tuple[str, ...]  # what the jobs' folders are named by: the same, or where that is nothing what was typed
     jobs: tuple[tuple[str, ...], ...]
     sweep_dir: str
 
@@ -34,6 +37,11 @@ def named_sweep(words: Sequence[str]) -> str | None:
     """Return the name that `sweep=` gives among these words, the last one; None where there is none."""
     names = [word.partition("=")[2] for word in words if word.partition("=")[0] == GROUP]
     return names[-1] if names and names[-1] not in ("", "null") else None
+
+
+def is_hydras(word: str) -> bool:
+    """Say whether a word is about the sweep, not about its jobs."""
+    return word.lstrip("+~").startswith((f"{GROUP}=", "hydra.", "hydra/"))
 
 
 def plan(
@@ -46,7 +54,7 @@ def plan(
     params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
     if (chosen := named_sweep(words)) is not None:
         params = [*_settings(chosen), *params]
-    typed = [word for word in words if not word.lstrip("+~").startswith((f"{GROUP}=", "hydra.", "hydra/"))]
+    typed = [word for word in words if not is_hydras(word)]
     read = _by_key([*params, *typed])
     _check(read, folder_key, texts)
     given = read.pop("sweep_dir", None)
@@ -57,7 +65,17 @@ def plan(
     meant = [override.input_line for override in read.values()]
     identity = [*meant, *(word for word in words if word.startswith("hydra/sweeper="))]
     place = f"{FOLDERS}/{name}-{digest(identity)}" if given is None else as_mapping([given.input_line])["sweep_dir"]
-    return Plan(name, tuple(meant), keys, tuple(jobs), place)
+    shown = keys or tuple(word.partition("=")[0] for word in typed)
+    return Plan(name, tuple(meant), keys, shown, tuple(jobs), place)
+
+
+def words_of_named(words: Sequence[str]) -> list[str]:
+    """Return what the named sweep among these words says of its jobs, if it is one of ours: to look up mistakes."""
+    name = named_sweep(words)
+    if name is None or not (path := CONFIGS / GROUP / f"{name}.yaml").exists():
+        return []
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["sweeper"].get("params") or {}
+    return [f"{key}={value}" for key, value in params.items()]
 
 
 def _settings(name: str) -> list[str]:
