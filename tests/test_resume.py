@@ -374,3 +374,37 @@ def test_a_rank_ends_when_the_process_that_started_it_is_killed():
     program.wait()
     with program.stdout:
         assert program.stdout.read() == ""  # which ends when the last process that holds it has
+
+
+@pytest.mark.slow
+def test_wandb_offline_goes_on_under_the_same_id_and_on_the_same_axis(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    target = "diffusion.training.metrics.wandb_logger"
+    node = {"wandb": {"_target_": target, "_partial_": True, "offline": True, "project": "t"}}
+    settings = {"trainer__log_every_n_steps": 1, "callbacks__checkpoints__every_n_steps": 2, "logger": node}
+    with pytest.raises(Stopped):
+        train(quick(tmp_path, **settings, callbacks__stop=stop(5, "on_train_batch_start")))
+    train(quick(tmp_path, **settings))
+    one, other = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert one.name == other.name  # which has the id in it
+    assert "wandb sync" in capsys.readouterr().err
+    assert logged(one) == [1, 2, 3, 4, 5]
+    assert logged(other) == [5, 6]  # step 5 was after the checkpoint; W&B takes no step twice
+
+
+def logged(path):
+    """The steps at which a file of W&B's has rows. It is a log of LevelDB's, here of one block: no record is parted."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, steps = path.read_bytes(), 7, []
+    assert len(data) < 2**15
+    while at < len(data):
+        length = int.from_bytes(data[at + 4 : at + 6], "little")  # after four bytes of checksum, before one of type
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            steps.append(int(items["trainer/global_step"]))
+            assert record.history.step.num == steps[-1]
+    return steps

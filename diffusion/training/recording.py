@@ -17,6 +17,7 @@ from diffusion.cli import explain
 from diffusion.processes import Stopped, stoppable
 from diffusion.ranks import end_with_first_rank
 from diffusion.run_folder import (
+    STATES,
     STATUS,
     first_process,
     locked,
@@ -64,8 +65,8 @@ class Attempt:
             if isinstance(error, Refused) and (self.before is not None or candidates(self.run_dir)):
                 self._restore()
             else:
-                stopped = "preempted" if is_stop(error) else "failed"
-                self.say(getattr(error, "state", stopped), in_words(error))
+                own, other = getattr(error, "state", None), "preempted" if is_stop(error) else "failed"
+                self.say(own if own in STATES else other, in_words(error))
         except OSError as problem:  # a full disk, perhaps; what the run died of is more important
             print(f"cannot write {self.run_dir / STATUS}: {problem.strerror}", file=sys.stderr)
 
@@ -127,11 +128,9 @@ def is_stop(error: BaseException) -> bool:
 def in_words(error: BaseException) -> str:
     """Return an error as the command line words it; what is no mistake of the user's with its kind before that."""
     text = explain(error).strip()
-    if isinstance(error, (ValueError, OSError, HydraException, Interrupted)) and text:
+    if getattr(error, "state", None) in STATES or (isinstance(error, (ValueError, OSError, HydraException)) and text):
         return text
-    if hasattr(error, "state"):  # it knows what became of the run, and says why
-        return text
-    kind = "signal" if isinstance(error, (Stopped, SystemExit)) else type(error).__name__
+    kind = "signal" if is_stop(error) else type(error).__name__
     return f"{kind}: {text}" if text else kind
 
 
