@@ -6,6 +6,7 @@ Real processes over gloo: one launch for the first half of the tests. Batches ar
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from autoencoder_cases import GAN, KL, tiny_autoencoder
 from rank_cases import SHOWN, finish, run_ranks, shown, start_ranks
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from test_training_classifier import CLASSIFIER, tiny_classifier
 from torch import nn
 from training_cases import TIMINGS, alone, tiny
 
-from diffusion.checkpoint import load_model, read_header
+from diffusion.checkpoint import read_header
 from diffusion.training.checkpoint_files import last_checkpoint
 from diffusion.training.merge import merge
 from diffusion.training.metrics import read_rows
@@ -82,15 +83,19 @@ def whole_of(split: str) -> str:
     return f"{split.partition('-')[0]}-one"
 
 
+BY_BATCH = ("val/sharpness", "val/edge_distance")  # that compare the edges of a whole batch with those of another
+
+
 def assert_alike(one, other, *, rtol: float = 1e-6) -> None:
     """Metrics, and models, that differ by rounding only."""
     expected, got = (read_rows(run_dir / "metrics.csv") for run_dir in (one, other))
     assert [row["step"] for row in expected] == [row["step"] for row in got] == [str(i + 1) for i in range(STEPS)]
     for wanted, found in zip(expected, got, strict=True):
         names = [name for name, value in wanted.items() if value and name not in TIMINGS]
+        compared = [name for name in names if not name.startswith(BY_BATCH)]
         assert names == [name for name, value in found.items() if value and name not in TIMINGS]
-        numbers = ([float(row[name]) for name in names] for row in (found, wanted))
-        np.testing.assert_allclose(*numbers, rtol=rtol, atol=rtol, err_msg=f"step {wanted['step']}: {names}")
+        numbers = ([float(row[name]) for name in compared] for row in (found, wanted))
+        np.testing.assert_allclose(*numbers, rtol=rtol, atol=rtol, err_msg=f"step {wanted['step']}: {compared}")
     weights, others = (load_file(run_dir / "model.safetensors") for run_dir in (one, other))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
@@ -108,7 +113,7 @@ def test_a_split_batch_shows_the_same_images_at_the_same_timesteps_with_the_same
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_batch_gives_the_same_losses_norms_validation_and_model(runs, split):
-    rtol = 1e-6 if "autoencoder" not in split else 1e-5  # sharpness and its like compare whole batches
+    rtol = 1e-6 if "autoencoder" not in split else 1e-5  # an adversary magnifies rounding
     assert_alike(runs / whole_of(split), runs / split, rtol=rtol)
 
 
@@ -143,9 +148,12 @@ def test_shards_leave_one_model_file_like_that_of_one_device(runs):
     assert headers[0].facts == headers[1].facts and headers[0].step == headers[1].step == STEPS
     folder = last_checkpoint(runs / "denoiser-shards")
     assert {path.name for path in folder.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
-    whole = sum(tensor.nbytes for tensor in load_file(runs / "denoiser-one" / "model.safetensors").values())
-    for path in folder.glob("*.distcp"):  # weights, two averages and the optimizer's two, half of each
-        assert path.stat().st_size < 0.75 * 5 * whole + 30000
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    shapes = {name: [chunk.sizes for chunk in of.chunks] for name, of in known.items() if hasattr(of, "chunks")}
+    for name in ("state_dict.net.first.weight", "optimizer_0.state.net.first.weight.exp_avg"):
+        assert shapes[name] == 2 * [torch.Size([4, 1, 3, 3])]
+    averages = [chunks for name, chunks in shapes.items() if name.endswith("/first.weight")]
+    assert averages == 2 * [2 * [torch.Size([4, 1, 3, 3])]]
 
 
 @pytest.mark.parametrize("name", ["denoiser-shards", "denoiser-two"])
@@ -157,7 +165,7 @@ def test_a_checkpoint_becomes_a_model_by_hand(runs, name, tmp_path):
     raw = load_file(merge(last_checkpoint(runs / name), out=tmp_path / "raw.safetensors", weights="raw"))
     _, (state, _) = shown(runs / name)
     assert all(torch.equal(raw[key], state[f"weight {key}"]) for key in exported)
-    assert load_model(tmp_path / "merged.safetensors").header.weights == "ema"
+    assert read_header(tmp_path / "merged.safetensors").weights == "ema"
 
 
 def test_what_cannot_be_merged_is_named(runs, tmp_path):

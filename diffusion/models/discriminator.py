@@ -28,15 +28,22 @@ class ActNorm(nn.Module):
     def _initialise(self, x: Tensor) -> None:
         """Fit this batch, unless a checkpoint brought what an earlier one gave."""
         mean, std = x.float().mean((0, 2, 3), keepdim=True), x.float().std((0, 2, 3), keepdim=True)
-        if dist.is_available() and dist.is_initialized():  # all devices must begin with the same weights
-            moments = torch.stack([mean, std.square() + mean.square()])
-            dist.all_reduce(moments)
-            mean, square = moments / dist.get_world_size()
-            std = (square - mean.square()).clamp(min=0).sqrt()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            mean, std = pooled(mean, std, count=x.numel() // x.shape[1])  # all devices must begin with the same weights
         self.shift.copy_(torch.where(self.initialised, self.shift, -mean))
         self.scale.copy_(torch.where(self.initialised, self.scale, 1 / (std + 1e-6)))
         self.initialised.fill_(True)
         self._asked = True
+
+
+def pooled(mean: Tensor, std: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the values of all devices together, of which each has `count`."""
+    devices = dist.get_world_size()
+    moments = torch.stack([mean, std.square() * (count - 1) / count + mean.square()]).double()
+    dist.all_reduce(moments)
+    mean, square = moments / devices
+    total = devices * count
+    return mean.float(), ((square - mean.square()).clamp(min=0) * total / (total - 1)).sqrt().float()
 
 
 class PatchDiscriminator(nn.Module):

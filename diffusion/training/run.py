@@ -87,6 +87,9 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, chec
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*have overridden `on_before_batch_transfer`.*")  # of a task
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning with torch 2.15
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP's speed
+        if not trainer.is_global_zero:
+            warnings.simplefilter("ignore")  # the first process says it
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
 
