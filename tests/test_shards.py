@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from shard_cases import colours, data_of, image_folder, jpeg, packed, png, shards_of, write_tar
+from training_cases import tiny
 from webdataset import WebDataset
 
 from diffusion.conditioning import TextConditioner
@@ -16,6 +17,9 @@ from diffusion.data import shard_index
 from diffusion.data.image_folder import ImageFolder
 from diffusion.data.shard_index import index_path, indexes
 from diffusion.models.text import TextTransformer
+from diffusion.run_folder import read_record
+from diffusion.training.metrics import read_rows
+from diffusion.training.run import train
 
 # -- what is in them ---------------------------------------------------------------------------------------------------
 
@@ -254,6 +258,17 @@ def test_a_shard_cut_between_two_samples_is_damaged(tmp_path):
         ValueError, match=r"000\.tar is cut short or no tar file after the sample s0004 \(its end is mis"
     ):
         data_of(tmp_path).setup()
+
+
+def test_a_run_logs_how_many_were_left_out(tmp_path):
+    broken_shard(tmp_path / "shards")
+    node = {"_target_": "diffusion.data.shards.Shards", "shards": str(tmp_path / "shards"), "captions": True}
+    node |= {"image_size": 8, "channels": 1, "num_classes": 10, "batch_size": 2}
+    with pytest.warns(UserWarning, match="8 samples cannot be used"):
+        train(tiny(tmp_path / "run", data=node, callbacks__samples=None, trainer__max_steps=2))
+    assert read_rows(tmp_path / "run" / "metrics.csv")[0]["data/broken_samples"] == "8"
+    record = read_record(tmp_path / "run")["data"]
+    assert (record["name"], record["num_samples"]) == ("Shards", 8)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -18,9 +18,12 @@ _HOMES = {
     "ImageSet": "images",
     "KeyedSet": "images",
     "LatentSet": "latent_cache",
+    "Latents": "latents",
     "MNIST": "torchvision_sets",
     "ShapeImages": "shapes",
     "Shapes": "shapes",
+    "ShardImages": "shards",
+    "Shards": "shards",
     "TensorImages": "images",
     "cached": "latent_cache",
 }

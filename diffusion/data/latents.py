@@ -24,8 +24,8 @@ class Latents(ImageData):
     """Batches {"moments": (B, 2C, h, w), "label", "caption", "index", "condition.context", ...} from the folder `root`.
 
     Shape, classes and mirrors are those of the images when they were encoded. `images` are settings that a recipe gives
-    for its images: another shape, number of classes or augmentation than the cache's is refused, what else there is says
-    nothing here; num_classes=None leaves the labels out.
+    for its images: another shape, number of classes or augmentation than the cache's is refused, all else says nothing
+    here; num_classes=None leaves the labels out.
     """
 
     def __init__(

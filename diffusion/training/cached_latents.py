@@ -20,6 +20,7 @@ from diffusion.data.base import ImageData
 from diffusion.data.latent_cache import cached
 from diffusion.data.latents import Latents
 from diffusion.latents import encode_moments
+from diffusion.run_folder import first_process
 from diffusion.stored_condition import stored_entries, why_not_stored
 
 CACHE_LATENTS = "diffusion.training.cached_latents.cache_latents"  # as configs/task/cache_latents.yaml names it
@@ -74,11 +75,13 @@ def cache_latents(config: Mapping[str, Any], build: Callable[[str], Any]) -> Pat
         raise ValueError("data=latents are latents already; choose the images that are to be encoded")
     conditioner = build("conditioner") if config.get("conditioner") else None
     reason = None if conditioner is None else why_not_stored(conditioner)
-    if reason is not None:
+    if reason is not None and first_process():
         print(f"captions are kept as texts, not encoded: of the conditioner, {reason}", file=sys.stderr)
     text = conditioner if _keeps_text(conditioner, config) else None
     how = {"dtype": config.get("latent_dtype"), "settings": config["data"]}
     cached(data, autoencoder, folder, conditioner=text, **how)
+    if not first_process():  # of several, the first has filled the folder, and says so
+        return folder
     size = sum(path.stat().st_size for path in folder.iterdir())
     counts = " + ".join(str(len(images)) for images in (data.train_set, data.val_set))
     kept = "latents and text embeddings" if text is not None else "latents"
