@@ -25,7 +25,7 @@ TOLERANCE = 1e-2  # relative: about what another order of summation becomes in s
 TIMINGS = ("train/images_per_second", "train/memory_gb")  # of the machine's day, not of the run
 NEVER, NOT_COMPARED = -1, -2  # in a matrix of steps: equal wherever both were measured; never measured at one step
 ENVIRONMENT = ("python", "host", "device", "world_size", "threads")
-DIFF_HEAD, MARKS = "diff --git ", ("+", "-")
+DIFF_HEAD, PART_HEAD, MARKS = "diff --git ", "@@ ", ("+", "-")
 SHOWN = 12  # rows of a section that the terminal shows before it counts the others
 
 Pair = tuple[Any, Any]
@@ -66,7 +66,7 @@ def difference(a: Run, b: Run, *, tolerance: float = TOLERANCE) -> Difference:
         raise ValueError(f"tolerance={tolerance} is a relative difference, at least 0; 0.01 is one in a hundred")
     common = common_metrics(a, b)
     return Difference(
-        config=differing(without_places(a.flat), without_places(b.flat)),
+        config=differing(without_places(a.flat), without_places(b.flat)) if a.config and b.config else {},
         code=code_difference(a, b),
         data=differing(a.record.get("data") or {}, b.record.get("data") or {}) if both(a, b, "data") else {},
         environment=differing(environment(a), environment(b)) if both(a, b, "starts") else {},
@@ -151,10 +151,13 @@ def changed_files(diff: str) -> dict[str, list[str]]:
     """Return the added and removed lines of each file in a diff as git writes it."""
     files: dict[str, list[str]] = {}
     lines: list[str] = []
+    within = False  # a part of the file; before the first one come the file's names, which begin with the same marks
     for line in diff.splitlines():
         if line.startswith(DIFF_HEAD):
-            lines = files.setdefault(line.rpartition(" b/")[2], [])
-        elif line.startswith(MARKS) and not line.startswith(("+++ ", "--- ")):
+            lines, within = files.setdefault(line.rpartition(" b/")[2], []), False
+        elif line.startswith(PART_HEAD):
+            within = True
+        elif within and line.startswith(MARKS):
             lines.append(line)
     return files
 
@@ -192,7 +195,7 @@ def _apart(a: np.ndarray, b: np.ndarray, tolerance: float) -> np.ndarray:
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     if tolerance:
         with np.errstate(invalid="ignore"):  # an infinity beside a number parts
-            same |= np.abs(a - b) <= tolerance * np.maximum(np.abs(a), np.abs(b))
+            same |= np.isfinite(a - b) & (np.abs(a - b) <= tolerance * np.maximum(np.abs(a), np.abs(b)))
     return ~same
 
 
@@ -274,8 +277,9 @@ def show(console: Console, a: Run, b: Run, found: Difference, tolerance: float) 
         console.print(f"[yellow]unknown[/yellow]: {escape(line)}")
     console.print(_parting_table(found, tolerance))
     first = found.first_parting
+    nothing = "nothing that is known differs" if found.unknown else "nothing differs"
     console.print(
-        "nothing differs" if found.same else f"the metrics part at step {first}" if first is not None else
+        nothing if found.same else f"the metrics part at step {first}" if first is not None else
         "the runs differ, but their metrics are equal wherever both were measured"
     )  # fmt: skip
 
