@@ -90,11 +90,10 @@ def compare(title: str, autoencoder: str, words: Sequence[str], data_words: Sequ
         ]
         fly = timed(*common, *data_words, f"run_dir={folder / 'fly'}")
         cache = timed(*common, *data_words, f"run_dir={folder / 'run'}", f"latent_cache={folder / 'cache'}")
-        size = composed(*words, *data_words)["data"]["batch_size"]
-        alone = timed(
-            *common, f"run_dir={folder / 'alone'}", "data=latents", f"data.root={folder / 'cache'}",
-            f"data.batch_size={size}",
-        )  # fmt: skip
+        made = composed(*words, *data_words)["data"]  # what a recipe says of images must be as it was
+        same = [f"data.{name}={made[name]}" for name in ("batch_size", "image_size")]
+        latents = ["data=latents", f"data.root={folder / 'cache'}", *same]
+        alone = timed(*common, *latents, f"run_dir={folder / 'alone'}")
     assert all(map(math.isfinite, fly.losses))
     slow, fast, bare = (statistics.median(clock.seconds[WARMUP:]) for clock in (fly, cache, alone))
     difference = max(
