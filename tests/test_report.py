@@ -229,6 +229,14 @@ def test_two_sweeps_are_one_report_in_which_a_key_of_one_is_read_from_the_others
     assert varied.values == (("linear", "0.002"), ("cosine", "0.002"), ("cosine", "0.001"))
 
 
+def test_many_values_of_a_search_are_told_by_their_range(tmp_path):
+    for i in range(15):
+        tiny_run(tmp_path / str(i), {"val/loss": 1.0 + i}, {"optimizer": {"lr": 10.0**-i}})
+    varied = varied_of(tmp_path)
+    assert varied.range_of("optimizer.lr") == "15 values from 1e-14 to 1"
+    assert len(varied.rows) == 15 and "15 values from" in build([tmp_path]).read_text()
+
+
 def test_short_names_stay_apart():
     assert short_names(["optimizer.lr", "net.width", "discriminator.width"]) == [
         "lr",
@@ -338,7 +346,7 @@ def test_runs_of_every_state_are_listed_with_their_errors_and_the_end_of_their_l
     varied = varied_of(tmp_path)
     assert [run.state for run in varied.runs] == [*states[:4], "killed", "waiting"]  # no process holds its lock
     found = {problem.label: problem for problem in problems(varied)}
-    assert list(found) == ["lr=2", "lr=3", "lr=4", "lr=5"]
+    assert list(found) == ["lr=2", "lr=5", "lr=3", "lr=4"]
     assert found["lr=2"].error == "ValueError: the loss is <nan>"
     assert found["lr=2"].log.splitlines()[:2] == ["training", "step 1000"]  # as a terminal would show it
     assert "ValueError: the loss is &lt;nan&gt;" in build([tmp_path]).read_text()

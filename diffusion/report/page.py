@@ -81,7 +81,7 @@ def render(sweeps: Sequence[Sweep], varied: Varied, *, csv_name: str) -> str:
         total_time=duration(sum(times)) if times else "",
         devices=devices(varied),
         verdict=verdict(found),
-        problems=list(problems(varied)),
+        problems=problems(varied),
         hints=hints(varied),
         results=found,
         gaps=any(row.ended and not all(cell.text for cell in row.cells) for row in found.rows),

@@ -1,7 +1,7 @@
 """What should a reader see first? Which choice was best and by how much, what went wrong, and what it all cost."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -109,13 +109,15 @@ def counts(runs: Sequence[Run]) -> list[tuple[str, int]]:
     return [(state, count) for state, count in found.items() if count]
 
 
-def problems(varied: Varied) -> Iterator[Problem]:
-    """Return the runs that a reader has to look after."""
+def problems(varied: Varied) -> list[Problem]:
+    """Return the runs that a reader has to look after, those that failed first."""
+    found = []
     for run, label in zip(varied.runs, varied.labels, strict=True):
         if run.state in WRONG or run.troubles:
             error = (run.status.error if run.status else None) or ""
             log = "\n".join(run.log_tail.splitlines()[-LOG_LINES:])
-            yield Problem(label, run.state, _step(run), error, log, run.troubles)
+            found.append(Problem(label, run.state, _step(run), error, log, run.troubles))
+    return sorted(found, key=lambda one: WRONG.index(one.state) if one.state in WRONG else len(WRONG))
 
 
 def _step(run: Run) -> str:

@@ -10,6 +10,7 @@ import yaml
 from diffusion.report.runs import PLACES, SEED, Run, Sweep
 
 LACKING = "–"  # a key that this run has no value for
+MANY = 12  # values of a key that are listed
 # Keys that never tell two choices apart: where a run lies, what it prints, how its process works.
 IDLE = (*PLACES, "sweep", "forecast", "threads", "devices", "logger", "callbacks.progress", "debug", "data.num_workers")
 # Where one of these changes, the loss itself is another one, and a lower one is no better model.
@@ -55,6 +56,17 @@ class Varied:
         """Return the values of a key in the order in which they first come."""
         number = self.keys.index(key)
         return list(dict.fromkeys(values[number] for values in self.values))
+
+    def range_of(self, key: str) -> str:
+        """Return what a key was set to: all values, or where they are many, how many and between which."""
+        values = self.choices(key)
+        if len(values) <= MANY:
+            return " · ".join(values)
+        try:
+            ends = [f"{end:g}" for end in (min(map(float, values)), max(map(float, values)))]
+        except ValueError:
+            return f"{len(values)} values: {' · '.join(values[:MANY])} · …"
+        return f"{len(values)} values from {ends[0]} to {ends[1]}"
 
     @property
     def loss_defining(self) -> list[str]:
