@@ -8,19 +8,16 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 
 from diffusion.run_name import job_number
-
-PATIENCE = 600.0  # seconds: until Slurm has ended a job that it ends
 
 
 def signal_for_launcher(received: Sequence[int]) -> int:
     """Return which signal to raise in the process of a job that has saved, after these have come, the last one last.
 
-    Under submitit that is its own where the job shall come back. Does not return where Slurm is about to run the job
-    again by itself: a job that came to its end would be done.
+    Under submitit that is its own where the job shall come back. Ends the process where Slurm is about to run the job
+    again by itself.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
     if executor is None:
@@ -30,7 +27,7 @@ def signal_for_launcher(received: Sequence[int]) -> int:
     if executor == "slurm":
         state, restarts = slurm_says()
         if restarts > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            time.sleep(PATIENCE)
+            os._exit(128 + signal.SIGTERM)  # without a result, which would mean that the job is done
         wanted = state == "RUNNING"  # else it was cancelled
     else:
         wanted = any(number != signal.SIGTERM for number in received)  # SIGTERM makes room for nobody here

@@ -22,6 +22,7 @@ from diffusion.run_name import VARIABLE, run_name, run_named
 from diffusion.sweep.gpus import held_gpus, visible_gpus, wanted_gpus
 from diffusion.sweep.job import JobProcess
 from diffusion.sweep.plugins import let_ours_stand_first
+from diffusion.sweep.queue import await_rest
 from diffusion.sweep.share import THREADS, divide, job_environment
 
 EXTRAS = {
@@ -305,17 +306,31 @@ def test_a_job_of_slurm_that_has_saved_comes_back_unless_it_was_cancelled(
     assert signal_for_launcher([signal.SIGTERM]) == signal.SIGTERM
 
 
-def test_a_job_that_slurm_itself_runs_again_waits_for_its_end(monkeypatch, tmp_path):
+def test_a_job_that_slurm_itself_runs_again_ends_without_a_result(monkeypatch, tmp_path):
     need("slurm")
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     script(tmp_path, "scontrol", 'echo "JobState=COMPLETING Restarts=3"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    waited: list[float] = []
-    monkeypatch.setattr("diffusion.requeue.time.sleep", waited.append)
+    ended: list[int] = []
+    monkeypatch.setattr("diffusion.requeue.os._exit", ended.append)
     signal_for_launcher([signal.SIGTERM])
-    assert waited and waited[0] >= 60
+    assert ended == [143]
+
+
+def test_a_sweep_that_lost_one_job_waits_for_those_that_slurm_still_has(monkeypatch, tmp_path):
+    (tmp_path / ".submitit" / "12_0").mkdir(parents=True)
+    (tmp_path / ".submitit" / "7").mkdir()
+    says = f'echo "$*" >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -lt 3 ] && echo 12_1 || exit 1'
+    script(tmp_path, "squeue", says)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("diffusion.sweep.queue.PULSE", 0.01)
+    await_rest(tmp_path, [])
+    assert (tmp_path / "calls").read_text().splitlines() == ["--noheader --jobs=12,7 --format=%i"] * 3
+    (tmp_path / "calls").unlink()
+    await_rest(tmp_path, [signal.SIGINT])  # whoever stops the sweep waits for nothing
+    assert not (tmp_path / "calls").exists()
 
 
 def test_other_launchers_hear_what_has_come(monkeypatch):

@@ -62,11 +62,13 @@ def sbatch(cluster: dict[str, str], tmp_path: Path, *words: str, options: tuple[
 
 def await_end(cluster: dict[str, str], job: str) -> str:
     """Wait until a job is out of the queue, without the two minutes in front of each return, and say how it ended."""
+    looks = 0  # in a row that have not found it: it has no state for a moment when it is put back
 
     def over() -> bool:
+        nonlocal looks
         hurry(cluster)
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return any(f"JobState={state} " in show(cluster, job) for state in ends)
+        looks = 0 if job in numbers(cluster) else looks + 1
+        return looks > 10
 
     wait_for(over, f"the end of job {job}")
     return show(cluster, job)

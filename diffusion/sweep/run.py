@@ -30,6 +30,7 @@ from diffusion.sweep.folder import (
 from diffusion.sweep.job import DONE, STOP_FILE, JobFailed, JobProcess, final_value, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
+from diffusion.sweep.queue import await_rest
 from diffusion.sweep.search import OPTUNA, Search
 from diffusion.sweep.share import with_share
 from diffusion.sweep.words import GROUP, NEW_FOLDER, Plan, check_named, is_hydras, named_sweep, plan
@@ -275,6 +276,8 @@ def _grid(
             except KeyboardInterrupt:  # for the second time
                 break
             except Exception as error:  # of a pool or a cluster; the jobs' own are in their folders
+                if type(launcher).__name__ == "SlurmLauncher":
+                    await_rest(todo.sweep_dir, signals)
                 return error
     return None
 

@@ -39,7 +39,7 @@ SchedulerParameters=sched_min_interval=0,bf_interval=1
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-KillWait=5
+KillWait=20
 ReturnToService=2
 PropagateResourceLimits=NONE
 StateSaveLocation={folder}/state
