@@ -150,6 +150,11 @@ def test_an_index_is_kept_and_renewed_with_its_shard(tmp_path, monkeypatch):
     assert len(indexes([path], check=True)[0].keys) == 7 and len(built) == 2
     index_path(path).write_text('{"cut short')
     assert len(indexes([path], check=True)[0].keys) == 7 and len(built) == 3
+    size = path.stat().st_size
+    write_tar(path, {f"t{n:04d}": {"png": png(n), "txt": b"another", "cls": b"0"} for n in range(7)})
+    assert path.stat().st_size == size
+    os.utime(path, ns=(0, index_path(path).stat().st_mtime_ns + 1))  # newer than its index, by as little as can be
+    assert indexes([path], check=True)[0].keys[0] == "t0000" and len(built) == 4
 
 
 def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path, monkeypatch):

@@ -92,12 +92,15 @@ def as_floats(image: Tensor, mirrored: Tensor | None = None, levels: int = 255) 
 
 
 def digest(values: Iterable[Any]) -> str:
-    """Return the SHA-256 of tensors (type, shape and bytes) and of whatever else has a faithful `repr`."""
+    """Return the SHA-256 of tensors (type, shape and bytes), bytes, and whatever else has a faithful `repr`."""
     found = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype}{tuple(value.shape)}".encode())
             found.update(value.contiguous().numpy())
+        elif isinstance(value, bytes):
+            found.update(f"bytes {len(value)} ".encode())
+            found.update(value)
         else:
             found.update(repr(value).encode())
     return found.hexdigest()

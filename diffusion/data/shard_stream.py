@@ -122,7 +122,7 @@ class HeldImages(EncodedImages):
 
     def content(self) -> str:
         """Hash all that is held."""
-        return digest(self.held)
+        return digest(part for sample in self.held for part in sample)
 
 
 def first_samples(urls: Sequence[str], most: int, reader: SampleReader, note_broken: NoteBroken) -> HeldImages:
