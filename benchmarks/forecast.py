@@ -33,8 +33,8 @@ RECIPES = {
         *("callbacks.reconstructions.every_n_steps=100", "callbacks.checkpoints.every_n_steps=100"),
     ),
     "digits_latent": (
-        *("trainer.max_steps=400", "trainer.val_check_interval=200", "autoencoder.checkpoint=AUTOENCODER"),
-        *("callbacks.samples.every_n_steps=200", "callbacks.checkpoints.every_n_steps=200"),
+        *("trainer.max_steps=300", "trainer.val_check_interval=150", "autoencoder.checkpoint=AUTOENCODER"),
+        *("callbacks.samples.every_n_steps=150", "callbacks.checkpoints.every_n_steps=150"),
     ),
     "shapes_text": (
         *("trainer.max_steps=150", "trainer.val_check_interval=75"),

@@ -67,7 +67,8 @@ class OpenTrial:
         sampler = optuna.samplers.RandomSampler(seed=0)  # it has nothing to choose here
         self.name = pruner
         self._study = optuna.load_study(facts["study"], storage_of(facts["storage"]), sampler=sampler, pruner=judge)
-        self._number = facts["trial"]
+        trials = self._study.get_trials(deepcopy=False)
+        self._id = next(trial._trial_id for trial in trials if trial.number == facts["trial"])
 
     def goes_on(self, value: float, step: int) -> bool:
         """Report what was measured after `step` steps; say whether the job is worth going on.
@@ -77,8 +78,7 @@ class OpenTrial:
         import optuna
 
         try:
-            found = next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == self._number)
-            trial = optuna.trial.Trial(self._study, found._trial_id)
+            trial = optuna.trial.Trial(self._study, self._id)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a job that goes on reports a step again
                 trial.report(value, step)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 
+from diffusion.cli.composing import flat
 from diffusion.training import run
 from diffusion.training.checkpoints import Interrupted
 from diffusion.training.footprint import StepNeeds, Twin, available_memory, resident_memory, resized
@@ -38,7 +39,7 @@ def forecast(config: Mapping[str, Any]) -> Forecast:
     if config.get("threads"):
         torch.set_num_threads(config["threads"])
     with tempfile.TemporaryDirectory(prefix=".forecast-", dir=existing_parent(config["run_dir"])) as folder:
-        task, data = run.build_task(config, on_meta=NETWORKS), run.build(config["data"])
+        task, data = run.build_task(config, on_meta=weightless(config)), run.build(config["data"])
         task.check_shape(data.shape)
         trainer = run.build_trainer(config, Path(folder), callbacks_of(config, {}, data), None)
         twin = Twin(task, trainer, trainer.strategy.root_device)
@@ -49,6 +50,13 @@ def forecast(config: Mapping[str, Any]) -> Forecast:
             return rehearsed(config, Path(folder), twin, process)
         except TooBig as refusal:
             return without_time(refusal, trainer, twin, process)
+
+
+def weightless(config: Mapping[str, Any]) -> list[str]:
+    """Return the networks that can be built without memory: those that are not read from a file."""
+    nodes = {name: flat(config.get(name) or {}) for name in NETWORKS}
+    files = ("checkpoint", "weights")
+    return [name for name, node in nodes.items() if not any(key.split(".")[-1] in files and node[key] for key in node)]
 
 
 def callbacks_of(config: Mapping[str, Any], facts: Mapping[str, Any], data: LightningDataModule) -> list[Callback]:
