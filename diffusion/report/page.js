@@ -214,14 +214,19 @@ function enlarge(image) {
 
 // all of it
 
+// Acts when something comes near the view, and at last so that a print has everything.
+const AT_LAST = 2000; // milliseconds
+
 function whenSeen(node, act) {
-  const watch = new IntersectionObserver((entries) => {
-    if (entries.some((entry) => entry.isIntersecting)) {
-      watch.disconnect();
-      act();
-    }
-  }, { rootMargin: "300px" });
+  let done = false;
+  const once = () => {
+    watch.disconnect();
+    if (!done) act();
+    done = true;
+  };
+  const watch = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && once(), { rootMargin: "300px" });
   watch.observe(node);
+  setTimeout(once, AT_LAST);
 }
 
 async function start() {
