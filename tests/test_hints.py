@@ -41,6 +41,8 @@ PLANTED = {
     "condition never dropped": {TASK: "hint_cases.NeverDrops", **FEW},
     "EMA frozen": {"ema___target_": "hint_cases.FrozenEMA", **FEW},
     "eps read as v": {TASK: "hint_cases.LearnsEps", KIND: "v"},
+}
+CONFUSED = {
     "v read as eps": {TASK: "hint_cases.LearnsV"},
     "x0 read as eps": {TASK: "hint_cases.LearnsX0"},
     "eps read as x0": {TASK: "hint_cases.LearnsEps", KIND: "x0"},
@@ -54,7 +56,13 @@ def test_a_planted_bug_is_told_and_nothing_else(tmp_path, bug, capsys):
     assert said.count(f"hint at step {read_hints(tmp_path)[0]['since']}: {bug}: ") == 1
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", CONFUSED)
+def test_every_confusion_of_what_the_network_answers_is_told(tmp_path, bug):
+    assert hinted(tmp_path, **CONFUSED[bug]) == [bug]
+
+
+@pytest.mark.parametrize("kind", ["v", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("eps", "x0"))])
 def test_a_healthy_twin_gets_no_hint(tmp_path, kind, capsys):
     assert hinted(tmp_path, **{KIND: kind}, callbacks__microscope__every_n_steps=30) == []
     assert "hint" not in capsys.readouterr().err
@@ -123,6 +131,7 @@ def test_latents_are_told_apart_by_their_scale(tmp_path, right_scale, times, exp
     assert names(tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_one_timestep_off_is_seen_in_latents_too(tmp_path, right_scale, cached):
     settings = {"trainer__max_steps": 30} | ({"latent_cache": str(tmp_path / "cache")} if cached else {})

@@ -18,6 +18,7 @@ from diffusion.process import GaussianDiffusion, q_sample
 from diffusion.report.microscope import COLUMNS, read, read_hints
 from diffusion.schedule import cosine, linear
 from diffusion.training import microscope
+from diffusion.training.autoencoder import AutoencoderTask
 from diffusion.training.looks import (
     OFFSETS,
     InputNoise,
@@ -322,6 +323,11 @@ def test_two_processes_look_once_and_never_wait_for_each_other_in_vain(tmp_path,
 def test_settings_that_look_at_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"callbacks\.microscope\.{name} must be at least"):
         microscope.Microscope(data=None, config={}, **{name: value})
+
+
+def test_a_task_without_timesteps_is_refused():
+    with pytest.raises(ValueError, match=r"AutoencoderTask has no timesteps to look at; .* callbacks\.microscope=null"):
+        microscope.Microscope(data=None, config={}).on_train_start(None, AutoencoderTask.__new__(AutoencoderTask))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

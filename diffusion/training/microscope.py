@@ -33,6 +33,7 @@ from diffusion.training.looks import (
     undisturbed,
 )
 from diffusion.training.metrics import as_csv, read_rows
+from diffusion.training.noised import NoisedTask
 from diffusion.training.sharded import is_sharded
 
 CURVES, HINTS = "microscope.csv", "hints.yaml"
@@ -86,6 +87,11 @@ class Microscope(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the files where a resumed run goes on; otherwise have a first look, at the data above all."""
+        if not isinstance(pl_module, NoisedTask):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no timesteps to look at; switch the callback off: "
+                "callbacks.microscope=null"
+            )
         self._first_step = self._last_step = trainer.global_step
         self._told, self._noise = self._told.to(pl_module.device), InputNoise(pl_module.device)
         self._listen(trainer, pl_module)
