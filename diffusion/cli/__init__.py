@@ -27,6 +27,7 @@ __all__ = [
 ]
 # fmt: on
 MISTAKE = 2  # the exit status of a command that was typed wrong
+INTERRUPTED = 130  # the exit status of what Ctrl-C has ended, as in shells
 TRACEBACK_VARIABLES = ("DIFFUSION_TRACEBACK", "HYDRA_FULL_ERROR")
 FLAGS_HELP = """\
   -m, --multirun    sweep: run once for each combination of comma-separated values
@@ -135,6 +136,9 @@ def _run_sweep(
         if _wants_traceback():
             raise
         stop_together(explain(error))
+    except KeyboardInterrupt:
+        print("stopped before the first job began", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     if status:
         raise SystemExit(status)
 
