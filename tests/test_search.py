@@ -236,7 +236,7 @@ def test_a_run_is_ended_as_pruned_with_its_last_value_and_step(tmp_path: Path, c
     good = prepared(tmp_path, "good", study)
     train(good)
     assert read_status(tmp_path / "good").state == "finished"
-    first = study.trials[0].intermediate_values
+    first = trials_of(tmp_path)[0].intermediate_values
     assert sorted(first) == [5, 10, 15] and first[15] == pytest.approx(final_value(tmp_path / "good", "val/loss"))
     study.tell(0, first[15])
 
@@ -246,13 +246,13 @@ def test_a_run_is_ended_as_pruned_with_its_last_value_and_step(tmp_path: Path, c
         train(bad)
     status = read_status(tmp_path / "bad")
     assert end.value.code == 0 and (status.state, status.step, status.max_steps) == ("pruned", 10, 15)
-    assert status.error == f"val/loss is {first_of(study, 1, 10):.6g} at step 10: the median pruner ends the run"
-    assert final_value(tmp_path / "bad", "val/loss") == pytest.approx(first_of(study, 1, 10))
+    assert status.error == f"val/loss is {first_of(tmp_path, 1, 10):.6g} at step 10: the median pruner ends the run"
+    assert final_value(tmp_path / "bad", "val/loss") == pytest.approx(first_of(tmp_path, 1, 10))
     assert f"pruned: {status.error}" in capsys.readouterr().err
 
 
-def first_of(study: Any, number: int, step: int) -> float:
-    return study.trials[number].intermediate_values[step]
+def first_of(root: Path, number: int, step: int) -> float:
+    return trials_of(root)[number].intermediate_values[step]
 
 
 def test_without_a_trial_the_callback_does_nothing(tmp_path: Path) -> None:

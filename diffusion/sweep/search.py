@@ -55,13 +55,7 @@ class Search:
             raise ValueError(
                 "there is nothing to search; give a key an interval: 'optimizer.lr=tag(log, interval(1e-4, 1e-2))'"
             )
-        study = optuna.create_study(
-            study_name=self.sweeper.study_name or STUDY,
-            storage=storage_of(self.storage),
-            directions=self.sweeper._get_directions(),
-            load_if_exists=True,
-        )
-        self._take_up(study)
+        study = self._study()
         self._take_up(study)
         left = self.settings.n_trials - done(study)
         while left > 0 and not self.signals:
@@ -70,9 +64,21 @@ class Search:
                 study.sampler = self._sampler(space, chosen(study))
                 trials.append(study.ask())
                 jobs += [rounded(said, space) for said in self.sweeper._configure_trials(trials[-1:], space, fixed)]
-            self._launch(study, trials, jobs)
+            self._launch(study, [trial.number for trial in trials], jobs)
             left -= len(trials)
+            study = self._study()
         self._write_results(study)
+
+    def _study(self) -> Any:
+        """Open the study anew, or make it: Optuna remembers trials that it has asked for, and would not see their jobs."""
+        import optuna
+
+        return optuna.create_study(
+            study_name=self.sweeper.study_name or STUDY,
+            storage=storage_of(self.storage),
+            directions=self.sweeper._get_directions(),
+            load_if_exists=True,
+        )
 
     def _take_up(self, study: Any) -> None:
         """Ask again for what was tried without a result: by jobs that failed, or that a stopped search left behind."""
@@ -100,14 +106,15 @@ class Search:
         seed = self.settings.sampler.get("seed")
         return sampler if seed is None else instantiate(self.settings.sampler, seed=seed + number)
 
-    def _launch(self, study: Any, trials: Sequence[Any], words: Sequence[Sequence[str]]) -> None:
-        """Run the jobs of some trials and tell the study what became of them."""
+    def _launch(self, study: Any, trials: Sequence[int], words: Sequence[Sequence[str]]) -> None:
+        """Run the jobs of the trials of these numbers and tell the study what became of them."""
         from optuna.trial import TrialState
 
         folders = [self.job.root / self.job.folder_of(list(said)) for said in words]
         for trial, folder in zip(trials, folders, strict=True):
-            write_trial(folder, storage=self.storage, study=study.study_name, trial=trial.number)
-        results = self.sweeper.launcher.launch(words, initial_job_idx=trials[0].number)
+            write_trial(folder, storage=self.storage, study=study.study_name, trial=trial)
+        results = self.sweeper.launcher.launch(words, initial_job_idx=trials[0])
+        study = self._study()
         for trial, folder, result in zip(trials, folders, results, strict=True):
             status = read_status(folder)
             try:
