@@ -70,7 +70,7 @@ class Search:
         self._write_results(study)
 
     def _study(self) -> Any:
-        """Open the study anew, or make it: Optuna remembers trials that it has asked for, and would not see their jobs."""
+        """Open the study anew, or make it: Optuna remembers what it asked for, and would not see what jobs report."""
         import optuna
 
         return optuna.create_study(
