@@ -3,13 +3,16 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from training_cases import Stopped, tiny
 
 from diffusion.cli import composed
 from diffusion.run_folder import read_status
+from diffusion.training.lr_schedules import warmup_cosine
 from diffusion.training.resume import Start, check_changes, differences, is_harmless, starting_point
 from diffusion.training.run import train
 
@@ -131,6 +134,30 @@ def test_harmless_changes_are_listed_and_the_run_goes_on_with_the_same_numbers(s
     assert torch.equal(
         last(stopped)["state_dict"]["net.first.weight"], last(tmp_path / "whole")["state_dict"]["net.first.weight"]
     )
+
+
+class Rates(Callback):
+    """Note the learning rate of each step."""
+
+    used: ClassVar[list[float]] = []
+
+    def on_before_optimizer_step(self, trainer, task, optimizer):
+        self.used.append(optimizer.param_groups[0]["lr"])
+
+
+def test_each_step_after_a_forced_resume_has_the_new_rate(stopped):
+    Rates.used.clear()
+    train(quick(stopped, resume="force", optimizer__lr=5e-4, callbacks__rates=RATES))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
+    schedule, rates = warmup_cosine(optimizer, total_steps=14, warmup_steps=3), []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert Rates.used == pytest.approx(rates[3:], rel=1e-9)
+
+
+RATES = {"_target_": "test_resume_settings.Rates"}
 
 
 def test_force_goes_on_with_the_new_settings(stopped):
