@@ -256,12 +256,12 @@ def test_a_run_in_shards_whose_process_was_killed_goes_on_bit_for_bit(runs, tmp_
 def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices(runs, tmp_path, before, after):
     run_dir = tmp_path / "run"
     for part, settings in ((stopped, before), (lambda config, step: config, after)):
-        config = part(denoiser(run_dir, **settings), 3)
+        config = part(denoiser(run_dir, **settings), 4)  # checkpoints come last: the one of step 3 is there
         if settings is ONE:
             try:
                 train(config)
             except RuntimeError as error:
-                assert "at step 3" in str(error)
+                assert "at step 4" in str(error)
         else:
             ranks = start_ranks([config], tmp_path / "configs.json")
             if part is stopped:
@@ -269,6 +269,7 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices(runs, 
                     assert "Stopped" in rank.communicate(timeout=120)[0]
             else:
                 finish(ranks)
+        assert last_checkpoint(run_dir).exists()
     assert_alike(runs / "denoiser-one", run_dir)
 
 
