@@ -189,6 +189,7 @@ def test_two_runs_are_compared(browser, page):
     assert "part at step 20" in browser.texts("#parting")[0]
     rows = browser.texts("#compared td")
     assert "seed" in rows and "uncommitted: train.py" in rows and "data.seed" in rows
+    assert "task.parameterization" not in rows  # what differs in other runs only
     assert "… 1 equal line\n+seed 0" in rows and "… 1 equal line\n+seed 1" in rows
     assert "The same in both: environment." in browser.texts("#compared p.note")
     browser.choose("run-b", "3")
