@@ -162,6 +162,13 @@ def test_a_loss_that_was_itself_varied_is_no_verdict(tmp_path):
     assert "no verdict" in build([tmp_path]).read_text()
 
 
+@pytest.mark.parametrize("winner", ["a", "b"])
+def test_the_verdict_tells_the_lead_on_the_same_seeds(tmp_path, winner):
+    losses = {(net, "1", seed): 5.0 + seed + 2 * (net != winner) for net in "ab" for seed in (0, 1)}
+    found = verdict(results(varied_of(grid_of(tmp_path, losses))))
+    assert (found.row, found.doubt) == (f"net={winner}", "") and found.lead == "2.00 ± 0.00 (n = 2)"
+
+
 def test_what_readers_look_at_first_comes_first():
     names = [
         "train/loss",
