@@ -51,7 +51,9 @@ def train(cfg: Any) -> Path:
     if config.get("forecast"):
         from diffusion.training.forecast_run import forecast  # it rehearses what is built here
 
-        print(forecast(config))
+        said = forecast(config)
+        if first_process():
+            print(said)
         return run_dir
     fast_dev_run = bool(config["trainer"].get("fast_dev_run"))  # writes nothing
     with attempt(run_dir, writes=not fast_dev_run) as this:
