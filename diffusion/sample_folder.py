@@ -35,6 +35,7 @@ from diffusion.pictures.verify import check_comparable, unlike
 from diffusion.prepare import is_published, prepared
 from diffusion.processes import Stopped, Team
 from diffusion.progress import WorkBar
+from diffusion.run_folder import record_start
 from diffusion.sample_parts import Parts
 from diffusion.sampling import Sampler
 
@@ -46,7 +47,7 @@ VERSIONS = ("package_version", "git_commit", "torch_version", "checkpoint")
 def sample_to_folder(
     model: LoadedModel, sampler: Sampler, guidance: Any, config: Mapping[str, Any], team: Team | None = None
 ) -> Path:
-    """Do what configs/sample.yaml says and return the folder: grid.png, samples.npz, images/*.png, config.yaml.
+    """Do what configs/sample.yaml says; return the folder: grid.png, samples.npz, images/, config.yaml, record.yaml.
 
     `config` is the resolved config; it goes into every picture, with the checkpoint's hash. All that can be wrong with
     it is found before the first step, the folder included. The processes of a `team` share the batches and write what
@@ -64,7 +65,7 @@ def sample_to_folder(
     check_comparable(config, settings["shape"])
     parts = Parts(out_dir, num_samples, settings["batch_size"], (height, width, channels))
     made_by = team.share(lambda: made_of(model, config, settings))
-    begun = team.share(lambda: _begin(parts, made_by, config))
+    begun = team.share(lambda: _begin(parts, made_by, config, device=str(device), world_size=team.size))
     parts.hold()
     own = owned(settings, config, batches_tell=is_published(model) or settings["pad_to"] == 1)
     steps = len(sampler.timesteps(model.diffusion.schedule)) - 1
@@ -114,14 +115,15 @@ def device_of(name: str, team: Team) -> torch.device:
     return torch.device("cuda", team.local_rank % count)
 
 
-def _begin(parts: Parts, made_by: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """Prepare the folder, and return how many images are there from an earlier attempt."""
+def _begin(parts: Parts, made_by: Mapping[str, Any], config: Mapping[str, Any], **known: Any) -> int:
+    """Prepare the folder, record this start and what is `known` of it; return how many images are there already."""
     settings = {name: config[name] for name in ("num_samples", "seed", "labels", "prompt", "save_images")}
     settings |= {"batch_size": parts.batch_size} | {key: made_by[key] for key in made_by if key not in VERSIONS}
     begun = parts.begin(settings, {name: made_by[name] for name in VERSIONS}, overwrite=config["overwrite"])
     files = {name: value for name, value in made_by.items() if name.endswith("_sha256")}
     with atomic_write(parts.out_dir / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump({**config, **files}, sort_keys=False), encoding="utf-8")
+    record_start(parts.out_dir, **known)
     parts.hold()
     return begun
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import facts, run, save_tiny
+from tiny import facts, names_in, run, save_tiny
 
 from diffusion.checkpoint import load_model
 from diffusion.generate import batches, choose_labels, guidance_for, padded
@@ -31,8 +31,8 @@ def test_the_folder_holds_what_the_design_says(checkpoint, tmp_path, monkeypatch
     saved, _ = sample(checkpoint, tmp_path / "out", monkeypatch, capsys, "num_samples=12", "seed=5")
     assert saved["arr_0"].shape == (12, 8, 8, 1) and saved["arr_0"].dtype == np.uint8
     assert saved["arr_1"].tolist() == [*range(10), 0, 1] and saved["arr_1"].dtype == np.int64
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["config.yaml", "grid.png", "images", "samples.npz"]
+    names = names_in(tmp_path / "out")
+    assert names == ["config.yaml", "grid.png", "images", "record.yaml", "samples.npz"]
     pictures = sorted((tmp_path / "out" / "images").iterdir())
     assert [path.name for path in pictures] == [f"{i:06d}.png" for i in range(12)]
     assert np.array_equal(np.asarray(Image.open(pictures[11])), saved["arr_0"][11, :, :, 0])

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from process_cases import last_words, words
-from tiny import run, save_tiny
+from tiny import names_in, run, save_tiny
 
 import diffusion.generate
 import diffusion.sample_folder
 from diffusion.images import grid, read_text, save_npz
 from diffusion.sample_parts import Parts, changes
 
-FINISHED = ["config.yaml", "grid.png", "images", "samples.npz"]
+FINISHED = ["config.yaml", "grid.png", "images", "record.yaml", "samples.npz"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_whatever_stops_a_run_the_same_command_ends_it(
         for folder in ("whole", "out")
     )
     assert len(ours) == 22 and ours == whole_run
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FINISHED
+    assert names_in(tmp_path / "out") == FINISHED
 
 
 def test_what_is_left_by_a_kill_at_the_very_end_is_taken_away(checkpoint, tmp_path, monkeypatch, capsys):
@@ -102,7 +102,7 @@ def test_what_is_left_by_a_kill_at_the_very_end_is_taken_away(checkpoint, tmp_pa
     assert len(list((tmp_path / "out" / "parts").glob("*.npy"))) == 4
     status, _, err = run("sample", line, monkeypatch, capsys)
     assert status == 2 and "already holds samples" in err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FINISHED
+    assert names_in(tmp_path / "out") == FINISHED
 
 
 def stop_half_way(checkpoint, out_dir, monkeypatch, capsys, *arguments):

@@ -158,7 +158,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         save(checkpoint, path, **kwargs)
 
     monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(OSError, match=r"cannot write the checkpoint of step 4 .*: No space left.* needs 0\.0\d MB .* free there; .*last\.ckpt is whole"):
+    said = r"cannot write the checkpoint of step 4 .*: No space left.* needs 0\.0\d MB .* free there; .*last\.ckpt is whole"
+    with pytest.raises(OSError, match=said):
         train(tiny(tmp_path))
     monkeypatch.undo()
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3

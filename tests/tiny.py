@@ -51,6 +51,11 @@ def save_tiny(path: Path, *, about: dict[str, Any] | None = None, **net: Any) ->
     return path
 
 
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder of samples, but the changes of the code that nobody has committed yet."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("changes_"))
+
+
 def run(script: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
     """Run train.py or sample.py as if typed, in this process; return exit status, stdout, stderr."""
     spec = importlib.util.spec_from_file_location(f"entry_{script}", ROOT / f"{script}.py")
