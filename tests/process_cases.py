@@ -106,8 +106,12 @@ def command(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves: samples.npz byte for byte, pictures with what they say, but for the commit of the code."""
-    left: dict[str, Any] = {str(path.relative_to(folder)): None for path in folder.rglob("*")}
+    """All that a run leaves: samples.npz byte for byte, pictures with what they say, but for the commit of the code.
+
+    Not record.yaml, nor the uncommitted changes: they say when and by whom.
+    """
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    left: dict[str, Any] = {name: None for name in names if not name.startswith(("record.yaml", "changes_"))}
     for path in folder.rglob("*.png"):
         text = {key: value for key, value in read_text(path).items() if key != "git_commit"}
         left[str(path.relative_to(folder))] = (np.asarray(Image.open(path)).tobytes(), text)

@@ -142,7 +142,7 @@ def test_the_command_line_knows_options_in_folders(monkeypatch, capsys):
 
 
 def test_a_sweep_of_ablations_trains_and_its_models_can_be_read(tmp_path, monkeypatch, capsys):
-    common = ["trainer.max_steps=1", "data.batch_size=8", "callbacks=quiet", f"run_dir={tmp_path / 'sweep'}"]
+    common = ["trainer.max_steps=1", "data.batch_size=8", "callbacks=quiet", f"sweep_dir={tmp_path / 'sweep'}"]
     line = ["-m", SMALL, "net=ablation/biggan_updown,ablation/rescale_residual", *common]
     status, _, err = run("train", line, monkeypatch, capsys)
     assert status == 0, err

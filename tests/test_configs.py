@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tiny import ROOT
 
-from diffusion import latent_facts
 from diffusion.autoencoder_losses import AutoencoderLoss
+from diffusion.cli.composing import register_latents
 from diffusion.draws import SampleDraws
 from diffusion.models.classifier import Classifier
 from diffusion.pretrained.guided_diffusion_classifier import classifier_config, classifier_flags
@@ -37,7 +37,7 @@ LATENTS_OF = {
 
 def composed(*overrides: str, name: str = "train") -> dict:
     """Return the resolved config; what a user must give is given."""
-    latent_facts.register()
+    register_latents()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose(name, overrides=list(overrides))
     for key in OmegaConf.missing_keys(cfg):
@@ -203,6 +203,7 @@ def test_the_unconditional_digits_are_the_digits_without_labels():
     changed = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
     assert changed - {".run_dir"} == {
         ".name",
+        ".latents_dir",
         ".net.num_classes",
         ".task.condition_drop",
         *(

@@ -278,7 +278,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
         (lambda folder: (folder / "val-00000.label.npy").unlink(), r"val-00000\.label\.npy is missing or damaged"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not that of a latent cache"),
-        (lambda folder: edit(folder, format_version=9), "has format 9, this package reads 1; update it"),
+        (lambda folder: edit(folder, format_version=9), "has format 9, this package reads 2; update it"),
     ],
     ids=["truncated", "missing", "no json", "foreign", "newer"],
 )

@@ -16,6 +16,7 @@ from diffusion.checkpoint import BUILDABLE, Part, build, load_autoencoder, load_
 from diffusion.generate import decoded, generate
 from diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from diffusion.images import read_text
+from diffusion.run_folder import read_status
 from diffusion.sampling import Sampler
 from diffusion.training.run import train
 
@@ -248,7 +249,8 @@ def test_latents_that_do_not_fit_the_network_are_refused(autoencoder, tmp_path):
     deep = {**NET, "num_classes": 10, "stages": [{"depth": 1}] * 4}
     with pytest.raises(ValueError, match=r"latents are 4x4, but the network halves its input to 1/8"):
         train({**latent_run(tmp_path / "b", autoencoder), "net": deep})
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert read_status(folder).state == "failed" and not (folder / "metrics.csv").exists()
 
 
 def test_an_autoencoder_whose_scale_is_unknown_is_refused_with_the_command_that_measures_it(tmp_path):

@@ -130,6 +130,14 @@ class Look(Callback):
         self.seen.append(read_status(self.run_dir))
 
 
+@pytest.fixture
+def interruptible():
+    """Hear SIGINT, which is ignored where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("name", "code", "hook"),
     [
@@ -142,6 +150,7 @@ class Look(Callback):
         ("SIGTERM", 143, "teardown"),  # and after the last one
     ],
 )
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_at_any_time_leaves_a_run_that_goes_on(tmp_path, runs, capsys, name, code, hook):
     with pytest.raises(SystemExit) as end:
         train(quick(tmp_path, callbacks__signal=signalled(getattr(signal, name), hook)))

@@ -15,8 +15,18 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffusion import latent_facts
-from diffusion.cli.composing import CONFIGS, LISTS, composed, defaults_of, flat, in_quotes, list_of, options_of, plain
+from diffusion.cli.composing import (
+    CONFIGS,
+    LISTS,
+    composed,
+    defaults_of,
+    flat,
+    in_quotes,
+    list_of,
+    options_of,
+    plain,
+    register_latents,
+)
 from diffusion.cli.mistakes import check_complete, check_types, diagnose, explain, nearest_keys, refuse_unknown_flags
 from diffusion.run_name import run_named
 
@@ -160,7 +170,7 @@ def _run_hydra(main: Callable[[Any], None], config_name: str) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    latent_facts.register()
+    register_latents()
     verbose = _wants_traceback()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the printing is ours
     _word_warnings()

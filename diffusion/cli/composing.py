@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion import latent_facts
+from diffusion.latent_facts import facts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Groups whose options a function makes a table of, for `group=` alone.
@@ -61,10 +61,24 @@ def compose(config_name: str, overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    latent_facts.register()
+    register_latents()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose(config_name, overrides=overrides)
+
+
+def register_latents() -> None:
+    """Let configs refer to what cached latents say: `${latents:channels}`, of the folder that `root` beside it names.
+
+    What is not to be had is None, and the datamodule says why.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    def fact(name: str, *, _parent_: DictConfig) -> Any:
+        missing = OmegaConf.is_missing(_parent_, "root") or _parent_.root is None
+        return None if missing else facts(Path(str(_parent_.root)).expanduser()).get(name)
+
+    OmegaConf.register_new_resolver("latents", fact, replace=True)
 
 
 def defaults_of(config_name: str) -> dict[str, str | None]:
