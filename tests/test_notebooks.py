@@ -17,7 +17,7 @@ def pictures(book: nbformat.NotebookNode) -> list[str]:
 
 def test_all_notebooks_are_here():
     expected = ["01_forward_process", "02_ddpm_and_ddim", "03_autoencoder_and_latents", "04_classifier_guidance"]
-    expected += ["05_stable_diffusion_by_hand"]
+    expected += ["05_stable_diffusion_by_hand", "06_ablation"]
     assert [path.stem for path in NOTEBOOKS] == expected
 
 
