@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
-from diffusion import latent_facts
 from diffusion.cli import CONFIGS
+from diffusion.cli.composing import register_latents
 from diffusion.training import run
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -48,7 +48,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, rounds: int, 
 
 def composed(*overrides: str) -> dict[str, Any]:
     """Return what train.py composes from these words."""
-    latent_facts.register()
+    register_latents()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
 
