@@ -66,7 +66,7 @@ def test_jobs_that_fail_stop_no_others_and_only_they_run_again(no_report, monkey
 
 def test_a_sweep_that_is_done_runs_nothing(no_report, monkeypatch, capsys, tmp_path):
     assert sweep(tmp_path, "-m seed=0,0,1 sweep_dir=mine", monkeypatch, capsys)[0] == 0
-    status, said = sweep(tmp_path, "-m seed=0,0,1 sweep_dir=mine", monkeypatch, capsys)
+    status, said = sweep(tmp_path, "seed=0,0,1 -m sweep_dir=mine", monkeypatch, capsys)
     assert status == 0 and starts(tmp_path / "mine") == {"seed=0": 1, "seed=1": 1}
     assert "seed=0 is there 2 times in seed=0,0,1; it is run once" in said and "nothing is left to run" in said
     assert "report: " in said

@@ -81,7 +81,7 @@ def command(
             except (ValueError, OSError) as error:
                 stop_together(str(error))
             ahead = words[: len(words) - len(arguments)]
-            typed = [quoted(argument, texts) for argument in arguments]
+            typed = sweep_first([quoted(argument, texts) for argument in arguments])
             if _asks_for_sweep(typed):
                 _run_sweep(main, config_name, folder, typed, ahead=tuple(ahead), texts=texts)
                 return
@@ -92,6 +92,11 @@ def command(
         return run
 
     return decorate
+
+
+def sweep_first(words: list[str]) -> list[str]:
+    """Put -m in front, wherever it was typed: Hydra does not find the words behind a flag among them."""
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
 
 
 def quoted(argument: str, texts: tuple[str, ...] = ()) -> str:
