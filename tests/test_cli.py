@@ -98,6 +98,7 @@ def test_nothing_is_written_and_the_folder_stays_where_it_was(monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_of_samples_goes_on_without_the_job_that_failed(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "model.safetensors")

@@ -220,6 +220,7 @@ def test_a_forecast_counts_everything_that_interrupts_a_run(tmp_path: Path) -> N
     assert sum(found.memory[name] for name in words.MEMORY) < found.memory["total"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_a_discriminator_that_begins_late_makes_two_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     phases: list[rehearsal.Phase] = []

@@ -191,6 +191,7 @@ def test_the_autoencoder_is_neither_trained_nor_kept_in_the_checkpoint(autoencod
     assert weights_hash(load_model(tmp_path / "model.safetensors").autoencoder) == weights_hash(random_autoencoder())
 
 
+@pytest.mark.slow
 def test_a_cached_run_has_the_losses_of_encoding_in_each_step(autoencoder, tmp_path):
     train(latent_run(tmp_path / "fly", autoencoder))
     train(latent_run(tmp_path / "cached", autoencoder, latent_cache=str(tmp_path / "cache")))
@@ -292,6 +293,7 @@ def test_a_text_encoder_is_trained_averaged_and_bundled_with_its_network(tmp_pat
     assert len(moved) == len(trained)
 
 
+@pytest.mark.slow
 def test_a_text_run_that_is_stopped_and_resumed_ends_with_the_same_bits(tmp_path):
     train(text_run(tmp_path / "whole", trainer__max_steps=8))
     train(text_run(tmp_path / "parts", trainer__max_steps=4))

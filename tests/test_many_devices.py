@@ -21,6 +21,7 @@ from diffusion.training.metrics import read_rows
 from diffusion.training.run import build_task, train
 from diffusion.training.sharded import clip, norm_of
 
+pytestmark = pytest.mark.slow
 STEPS = 6
 COMMON = {
     "trainer__max_steps": STEPS,
@@ -227,7 +228,6 @@ def stopped(config, step):
     return {**config, "callbacks": {**config["callbacks"], "stop": stop}}
 
 
-@pytest.mark.slow
 def test_a_run_in_shards_whose_process_was_killed_goes_on_bit_for_bit(runs, tmp_path):
     config = denoiser(tmp_path / "run", **FSDP)
     killed = {**config, "callbacks": {**config["callbacks"], "kill": {"_target_": "rank_cases.KillAt", "step": 5}}}
@@ -251,7 +251,6 @@ def test_a_run_in_shards_whose_process_was_killed_goes_on_bit_for_bit(runs, tmp_
     assert one == other
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(DDP, ONE), (ONE, DDP), (ONE, FSDP), (DDP, FSDP)], ids=lambda c: "")
 def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices(runs, tmp_path, before, after):
     run_dir = tmp_path / "run"
@@ -273,7 +272,6 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices(runs, 
     assert_alike(runs / "denoiser-one", run_dir)
 
 
-@pytest.mark.slow
 def test_classifiers_and_autoencoders_train_in_shards_as_on_one_device(runs, tmp_path):
     configs = {"classifier": classifier, "plain": plain_autoencoder}
     run_ranks([make(tmp_path / name, **FSDP) for name, make in configs.items()], tmp_path / "configs.json")
@@ -282,7 +280,6 @@ def test_classifiers_and_autoencoders_train_in_shards_as_on_one_device(runs, tmp
     assert_alike(tmp_path / "plain-one", tmp_path / "plain", rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
     poison = {"_target_": "rank_cases.PoisonOne", "step": 3}
     ranks = start_ranks([denoiser(tmp_path / "run", **DDP, callbacks__poison=poison)], tmp_path / "configs.json")

@@ -131,6 +131,7 @@ def save_everything(path):
     return path
 
 
+@pytest.mark.slow
 def test_latents_labels_prompts_and_images_reach_the_sample_that_they_are_for(tmp_path):
     model = save_everything(tmp_path / "model.safetensors")
     for i in range(3):

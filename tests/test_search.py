@@ -131,6 +131,7 @@ def test_hyperband_ends_runs_early_too(tmp_path: Path) -> None:
     assert found["trials"]["pruned"] > 0 and found["trials"]["finished"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_after", [0, 3])
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped_after: int) -> None:
     whole, parts = Launcher(tmp_path / "whole"), Launcher(tmp_path / "parts")
@@ -169,6 +170,7 @@ def test_what_was_killed_before_it_could_tell_is_not_lost(tmp_path: Path) -> Non
     assert found["trials"]["finished"] == 5 and len(again.begun) == 2  # the third job had ended well
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_end_a_search_and_is_tried_again_with_the_next(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path / "search", broken=lambda lr: lr > 1e-2)
     found = search(launcher, n_trials=14)

@@ -110,6 +110,7 @@ def test_a_report_that_fails_hides_nothing(monkeypatch, capsys, tmp_path):
     assert "the report failed: RuntimeError: no ink; to make it again: uv run python -m diffusion.report" in said
 
 
+@pytest.mark.slow
 def test_lists_texts_and_paths_reach_the_job_as_they_were_typed(no_report, monkeypatch, capsys, tmp_path):
     words = ["-m", "threads=1,2", 'name="a, b=c"', "latent_cache=x/y=1,x/y=2", "latent_dtype=[a,b]"]
     status, said = sweep(tmp_path, words, monkeypatch, capsys)

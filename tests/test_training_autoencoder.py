@@ -62,6 +62,7 @@ def whole(tmp_path_factory):
 # counting and resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, whole, way):
     stops = [(2,), (4,), (5, "on_validation_batch_end"), (7, "on_train_batch_start"), (10, "on_validation_start")]
