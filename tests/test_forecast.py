@@ -288,7 +288,7 @@ def test_a_run_goes_on_where_its_forecast_fails(
 
 @pytest.mark.slow
 def test_the_command_forecasts_two_processes_once(tmp_path: Path) -> None:
-    overrides = ["trainer=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=30"]
+    overrides = ["trainer=cpu_ddp", "trainer.max_steps=30"]
     command = [sys.executable, "train.py", "forecast=true", *overrides, f"run_dir={tmp_path}/run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

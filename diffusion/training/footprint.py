@@ -145,7 +145,7 @@ class Twin:
 class AtStep:
     """A trainer after `global_step` steps, of one process."""
 
-    world_size = 1  # a twin has nobody to talk to
+    world_size, global_rank = 1, 0  # a twin has nobody to talk to
 
     def __init__(self, trainer: Trainer, global_step: int) -> None:
         self._trainer, self.global_step = trainer, global_step

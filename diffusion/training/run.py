@@ -3,6 +3,7 @@
 The same command again is the resume command: a run folder that has checkpoints continues from the newest (`resume.py`).
 """
 
+import atexit
 import functools
 import inspect
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -77,6 +79,9 @@ def train(cfg: Any) -> Path:
         if not fast_dev_run and trainer.is_global_zero:
             save_config(config, run_dir)
         fit(trainer, task, data, start.checkpoint)
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # Lightning leaves NCCL's by itself
+            atexit.unregister(leave_group)
+            atexit.register(leave_group)
         if not fast_dev_run:
             leave_model(run_dir / "model.safetensors", trainer, task, config, facts)
     return run_dir
@@ -93,6 +98,12 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, chec
         if not trainer.is_global_zero:
             warnings.simplefilter("ignore")  # the first process says it
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+
+
+def leave_group() -> None:
+    """Leave the processes that trained together: threads of gloo that still run would abort a program that ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def leave_model(
