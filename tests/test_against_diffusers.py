@@ -112,6 +112,7 @@ def assert_same(got: Tensor, expected: Tensor, within: float = CLOSE) -> None:
 SQUARE = {"height": SIZE, "width": SIZE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), cases(FAMILIES))
 def test_the_picture_of_a_prompt_is_that_of_diffusers(name, kind):
     expected = theirs(name, kind, latents=starts(0), **SQUARE)
@@ -275,6 +276,7 @@ def test_image_to_image_is_that_of_diffusers(name, kind, files, same_noise, fres
     assert_same(ours(name, kind, image=files["image"], strength=STRENGTH), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strength"),
     cases(["sd1", "sd1-inpainting", "sdxl-base"], [1.0, STRENGTH], {("sd1", STRENGTH), ("sd1-inpainting", 1.0)}),
@@ -286,6 +288,7 @@ def test_inpainting_is_that_of_diffusers(name, strength, files, same_noise):
     assert_same(ours(name, "ddim", **files, strength=strength, paste=False), expected)
 
 
+@pytest.mark.slow
 def test_editing_by_instruction_is_that_of_diffusers(files):
     name, picture = "instruct-pix2pix", sd_cases.picture()[None] / 2 + 0.5
     expected = theirs(name, "ddim", image=picture, latents=starts(0), image_guidance_scale=IMAGE_SCALE)

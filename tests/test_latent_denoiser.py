@@ -199,6 +199,7 @@ def test_a_cached_run_has_the_losses_of_encoding_in_each_step(autoencoder, tmp_p
     assert len(fly) == 7 and cached == pytest.approx(fly, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_latent_run_that_is_stopped_and_resumed_ends_with_the_same_bits(autoencoder, tmp_path):
     train(latent_run(tmp_path / "whole", autoencoder))
     train(latent_run(tmp_path / "parts", autoencoder, trainer__max_steps=4))

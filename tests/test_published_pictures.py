@@ -37,6 +37,7 @@ def given(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this model is sampled as predicting")  # random weights answer noise with noise
 @pytest.mark.parametrize(
     ("kind", "words", "number", "fields"),

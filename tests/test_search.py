@@ -96,6 +96,7 @@ def trials_of(root: Path) -> list[Any]:
     return optuna.load_study("search", storage_of(f"sqlite:///{root / 'search.db'}")).trials
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_best_region(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path / "search")
     found = search(launcher, n_trials=25)

@@ -72,6 +72,7 @@ def test_a_sweep_that_is_done_runs_nothing(no_report, monkeypatch, capsys, tmp_p
     assert "report: " in said
 
 
+@pytest.mark.slow
 def test_other_seeds_join_the_sweep_and_other_settings_do_not(no_report, monkeypatch, capsys, tmp_path):
     sweep(tmp_path, "-m seed=0,1 sweep_dir=mine", monkeypatch, capsys)
     status, said = sweep(tmp_path, "-m seed=1,2 sweep_dir=mine", monkeypatch, capsys)

@@ -119,6 +119,7 @@ def whole(tmp_path_factory) -> Path:
 # resuming and draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "stops"),
     [
