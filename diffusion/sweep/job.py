@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -174,13 +174,20 @@ def passing_on(*, owner: bool) -> Iterator[Signals]:
         yield signals  # the sweep's process writes the stop file
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: a pool's idle workers must survive it, too
-    numbers = [getattr(signal, name) for name in PASSED_ON if hasattr(signal, name)]
-    before = {number: signal.signal(number, signals) for number in numbers}
-    try:
+    with handled(PASSED_ON, signals):
         yield signals
+
+
+@contextmanager
+def handled(names: Iterable[str], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let `handler` have these signals, as far as the system has them, and put back what was there before."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def write_stop(sweep_dir: Path, number: int) -> None:

@@ -4,7 +4,6 @@ The same command again comes to the same folder and runs only what is missing th
 """
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from diffusion.sweep.folder import (
     words_of,
     write_sweep,
 )
-from diffusion.sweep.job import DONE, STOP_FILE, JobFailed, JobProcess, final_value, write_stop
+from diffusion.sweep.job import DONE, STOP_FILE, JobFailed, JobProcess, final_value, handled, write_stop
 from diffusion.sweep.plugins import check_plugins
 from diffusion.sweep.progress import Watch, table
 from diffusion.sweep.queue import await_rest
@@ -336,13 +335,8 @@ def stopping(sweep_dir: Path) -> Iterator[list[int]]:
         write_stop(sweep_dir, number)
         print("stopping: the running jobs save and end (once more: at once)", file=sys.stderr)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
+    with handled(("SIGINT", "SIGTERM", "SIGUSR1"), ask):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def conclude(
